@@ -69,7 +69,7 @@ class Keys:
             "calibration": asdict(self.options.calibration),
             "seed": self.options.seed,
         }
-        return f"text/{self._hash(inputs)}"
+        return f"sampled/{self._hash(inputs)}"
 
     def draft(self, bits: float | None, calibration: str | None) -> str:
         """What the keys of a draft's blocks and scales begin with.

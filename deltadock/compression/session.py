@@ -237,7 +237,11 @@ class CompressionSession:
             distillation=distillation,
             matrices=draft.matrices,
             other_tensors=draft.others,
-            notes=[*self.pair.notes, *([] if draft.matrices or draft.others else [NO_WEIGHTS])],
+            notes=[
+                *self.pair.notes,
+                *([] if self._data is None else self._data.notes),
+                *([] if draft.matrices or draft.others else [NO_WEIGHTS]),
+            ],
         )
 
     def _distilled(
@@ -285,7 +289,7 @@ class CompressionSession:
             report.set_quality(quality, self._data.measured_on)
             return
         try:
-            windows, measured_on = sample_windows(
+            windows, measured_on, notes = sample_windows(
                 self.pair.finetuned, self._model.max_length, self._options, self._device,
                 lambda text, done: progress.report("sampling", 0, 1, text, done),
                 tokenizer_base=self.pair.tokenizer_base,
@@ -294,6 +298,7 @@ class CompressionSession:
         except InvalidInput as error:
             report.notes.append(not_measured(error))
             return
+        report.notes += notes
         report.set_quality(quality, measured_on)
 
     def _encode(self, bits: float | None) -> Draft:

@@ -100,11 +100,12 @@ def import_adapter(
             model = BlockwiseModel(base, device, reader.entries)
             if calibration:
                 data = load_calibration(
-                    calibration, base, model.max_length, options.seed, options.calibration, device
-                )
-                windows, measured_on = data.report, data.measured_on
+                    calibration, base, model.max_length, options.seed, options.calibration, device,
+                    lambda text, done: progress.report("sampling", 0, 1, text, done),
+                )  # fmt: skip
+                windows, measured_on, notes = data.report, data.measured_on, data.notes
             else:
-                windows, measured_on = sample_windows(
+                windows, measured_on, notes = sample_windows(
                     reader, model.max_length, options, device,
                     lambda text, done: progress.report("sampling", 0, 1, text, done),
                     changes={name: merged.tensor(name) for name in encoded if name in merged},
@@ -123,6 +124,7 @@ def import_adapter(
                 raise
             report.notes.append(not_measured(error))
         else:
+            report.notes += notes
             report.set_quality(quality, measured_on)
     return report
 

@@ -7,6 +7,7 @@ with the window.
 Unlike the rest of calibration, this holds the whole model in memory.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, LogitsProcessor
+from transformers import AutoConfig, GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.utils import logging
 
 from deltadock.compression.calibration.sources import encode
@@ -27,6 +28,12 @@ from deltadock.words import size
 CACHE_BYTES: Final = {"cpu": 1 << 30, "cuda": 8 << 30}
 """Memory for keys and values of one batch."""
 MAX_ROWS: Final = 128
+DROPPED: Final = 0.25
+"""Fraction of a batch's documents that have ended when it goes on without them."""
+SECONDS: Final = {"cpu": 300.0, "cuda": 1800.0}
+"""Longest time that sampling takes: it holds a worker, and a text given instead takes none."""
+QUESTIONS_SHARE: Final = 0.25
+"""Of that time, what a chat model's questions may take."""
 QUESTION: Final = "\N{WHITE MEDIUM STAR}question\N{WHITE MEDIUM STAR}"
 """Placeholder for the user's message in a rendered template."""
 QUESTIONS: Final = 256
@@ -80,6 +87,9 @@ class TextSampler:
                 raise _unsupported(ValueError(f"the adapter changes {name!r} in another way"))
             weights[name].data.copy_(tensor)
         self._device = torch.device(device)
+        kind = "cpu" if self._device.type == "cpu" else "cuda"
+        self._cache_bytes, self.seconds = CACHE_BYTES[kind], SECONDS[kind]
+        self.ran_out = False
         self._tokenizer = tokenizer
         self._progress = progress
         self._shown = 0.0
@@ -90,50 +100,76 @@ class TextSampler:
         self._generator = torch.Generator(self._device).manual_seed(seed)
 
     def sample(
-        self, prompts: Sequence[Tensor] | None, length: int, needs: Sequence[int]
+        self,
+        prompts: Sequence[Tensor] | None,
+        length: int,
+        needs: Sequence[int],
+        share: float = 1.0,
     ) -> list[Tensor]:
         """A stream (n,) int64 of at least each number of tokens, of documents of at most `length`.
+
+        When the time is over, all streams are shorter by about the same factor, and `ran_out` is
+        true.
 
         Args:
             prompts: (n,) int64 each; None: questions or the start token. Streams begin their
                 documents with different prompts if there are enough; the first has most of them.
             length: tokens of a document.
             needs: tokens of each stream.
+            share: fraction of `SECONDS` that this may take.
 
         Raises:
             InvalidCalibration: the model names no start token, or ends every document at once.
         """
-        starts = list(prompts) if prompts is not None else self._beginnings(length, needs[0])
+        seconds, started = share * self.seconds, time.monotonic()
+        starts = list(prompts) if prompts is not None else self._beginnings(
+            length, needs[0], started + QUESTIONS_SHARE * seconds
+        )  # fmt: skip
         starts = [prompt[-(length // 2) :] for prompt in starts]
         cut, others = max(1, len(starts) // 10), len(needs) - 1
         pools = [starts[others * cut :], *(starts[k * cut :][:cut] for k in range(others))]
         sources = [cycle(pool or starts) for pool in pools]
-        made = [0] * len(needs)
+        needed, made = torch.tensor(needs), torch.zeros(len(needs), dtype=torch.int64)
         streams: list[list[Tensor]] = [[] for _ in needs]
-        rows = self._rows(length)
-        tokens = 0
-        while any(has < need for has, need in zip(made, needs, strict=True)):
-            documents = sum(map(len, streams))
-            mean = max(sum(made) / documents, 1.0) if documents else float(length)
-            parts = [
-                part
-                for part in range(len(needs))
-                for _ in range(_ceil(max(needs[part] - made[part], 0) / mean))
-            ][:rows]
+        rows, until = self._rows(length), started + seconds
+        tokens = documents = 0
+        while (made < needed).any():
+            if time.monotonic() >= until:
+                self.ran_out = True
+                break
+            mean = max(int(made.sum()) / documents, 1.0) if documents else float(length)
+            parts = _interleaved(((needed - made).clamp(min=0) / mean).ceil().int().tolist())[:rows]
             begins = [next(sources[part]) for part in parts]
-            written = self._continue(begins, length, sum(made), sum(needs))
+            of = torch.tensor(parts)
+
+            def watch(sizes: Tensor, of: Tensor = of) -> bool:
+                has = torch.minimum(made.index_add(0, of, sizes), needed)
+                done, total = int(has.sum()), int(needed.sum())
+                self._show(f"{done:,} of {total:,} tokens", done / total)
+                return done == total
+
+            written = self._continue(begins, length, until, watch)
             for part, document in zip(parts, written, strict=True):
                 streams[part].append(document)
                 made[part] += document.numel()
             tokens += sum(document.numel() for document in written)
             tokens -= sum(begin.numel() for begin in begins)
             documents += len(written)
-            if documents >= ENOUGH_DOCUMENTS and tokens < 2 * documents:
+            if documents >= ENOUGH_DOCUMENTS and tokens < 1.5 * documents:
                 raise InvalidCalibration(
                     "The fine-tuned model ends its text at once, so that none can be sampled from "
                     "it. Give a calibration text."
                 )
-        return [torch.cat(stream) for stream in streams]
+        return [torch.cat(stream) if stream else needed.new_empty(0) for stream in streams]
+
+    def _show(self, what: str, done: float) -> None:
+        """Report progress, and remember what it raised: that is not the model's error."""
+        self._shown = max(self._shown, done)
+        try:
+            self._progress(f"sampling from the fine-tuned model, {what}", self._shown)
+        except Exception as error:
+            self._stopped = error
+            raise
 
     def _rows(self, length: int) -> int:
         """Batch size by a fixed memory budget, since batches affect the random draws."""
@@ -143,70 +179,100 @@ class TextSampler:
             config.hidden_size // config.num_attention_heads
         )
         row = 2 * length * config.num_hidden_layers * heads * width * self._model.dtype.itemsize
-        budget = CACHE_BYTES["cpu" if self._device.type == "cpu" else "cuda"]
-        return int(min(max(budget // row, 1), MAX_ROWS))
+        return int(min(max(self._cache_bytes // row, 1), MAX_ROWS))
 
     def _continue(
-        self, begins: Sequence[Tensor], length: int, done: int, total: int
+        self, begins: Sequence[Tensor], length: int, until: float, watch: Callable[[Tensor], bool]
     ) -> list[Tensor]:
-        """Each prompt with its continuation, up to and including an end token."""
+        """Each prompt with its continuation, up to and including an end token.
+
+        A batch that has lost many of its documents to end tokens goes on without these: the time
+        of a step grows with rows and length.
+
+        Args:
+            begins: the prompts.
+            length: largest number of tokens of prompt and continuation.
+            until: when all continuations end where they are.
+            watch: called at each step with all documents' sizes (n,); true ends as `until` does.
+        """
         longest = max(begin.numel() for begin in begins)
         tokens = torch.zeros(len(begins), longest, dtype=torch.int64)
         mask = torch.zeros_like(tokens)
         for row, begin in enumerate(begins):
             tokens[row, longest - begin.numel() :] = begin
             mask[row, longest - begin.numel() :] = 1
-
-        def watch(steps: int) -> None:
-            # Documents that end early reduce the fraction; reported progress only rises.
-            share = min((done + steps * len(begins)) / max(total, 1), 1.0)
-            self._shown = max(self._shown, share)
+        sizes = torch.tensor([begin.numel() for begin in begins])
+        documents = list(begins)
+        rows = torch.arange(len(begins))
+        cache = None
+        while len(rows) and tokens.shape[1] < length:
+            steps = _Steps(
+                self._ends, sizes, rows, lambda: watch(sizes) or time.monotonic() >= until
+            )
             try:
-                self._progress("sampling from the fine-tuned model", self._shown)
+                with torch.inference_mode():
+                    found = self._generate(tokens, mask, length, cache, steps)
             except Exception as error:
-                self._stopped = error
-                raise
+                if error is self._stopped:
+                    raise
+                raise _unsupported(error) from error
+            tokens, cache = found.sequences.cpu(), found.past_key_values
+            for row, values in zip(rows.tolist(), tokens, strict=True):
+                new = values[longest:]
+                documents[row] = torch.cat([begins[row], self._until_end(new)])
+            if steps.all_done:
+                break
+            going_on = (~steps.ended).nonzero().flatten()
+            rows, tokens = rows[going_on], tokens[going_on]
+            mask = mask[going_on]
+            mask = torch.cat([mask, mask.new_ones(len(mask), tokens.shape[1] - mask.shape[1])], 1)
+            cache.batch_select_indices(going_on.to(self._device))
+            for module in self._model.modules():
+                # Positions of the whole batch, which models of images keep and compute if None.
+                if getattr(module, "rope_deltas", None) is not None:
+                    module.rope_deltas = None
+        return documents
 
-        try:
-            with torch.inference_mode():
-                written = self._model.generate(
-                    tokens.to(self._device),
-                    attention_mask=mask.to(self._device),
-                    generation_config=GenerationConfig(
-                        do_sample=False,
-                        max_new_tokens=length - longest,
-                        eos_token_id=self._ends or None,
-                        pad_token_id=self._ends[0] if self._ends else 0,
-                    ),
-                    logits_processor=[_GumbelMax(self._generator, watch)],
-                )
-        except Exception as error:
-            # An error raised by the progress callback is not the model's.
-            if error is self._stopped:
-                raise
-            raise _unsupported(error) from error
-        return [
-            torch.cat([begin, self._until_end(row[longest:])])
-            for begin, row in zip(begins, written.cpu(), strict=True)
-        ]
+    def _generate(
+        self, tokens: Tensor, mask: Tensor, length: int, cache: Any, steps: "_Steps"
+    ) -> Any:
+        return self._model.generate(
+            tokens.to(self._device),
+            attention_mask=mask.to(self._device),
+            past_key_values=cache,
+            generation_config=GenerationConfig(
+                do_sample=False,
+                max_new_tokens=length - tokens.shape[1],
+                pad_token_id=self._ends[0] if self._ends else 0,
+                return_dict_in_generate=True,
+            ),
+            logits_processor=[_GumbelMax(self._generator)],
+            stopping_criteria=[steps],
+        )
 
     def _until_end(self, tokens: Tensor) -> Tensor:
         ends = torch.isin(tokens, torch.tensor(self._ends, dtype=torch.int64)).nonzero()
         return tokens[: int(ends[0]) + 1] if len(ends) else tokens
 
-    def _beginnings(self, length: int, train: int) -> list[Tensor]:
+    def _beginnings(self, length: int, train: int, until: float) -> list[Tensor]:
         """Questions generated by a chat model, or the start token."""
         opening = self._opening()
         if opening is not None and opening.numel() <= length // 2:
             count = min(max(train // length * 2, 16), QUESTIONS)
             asked: list[Tensor] = []
-            while len(asked) < count:
+            while len(asked) < count and (not asked or time.monotonic() < until):
                 begins = [opening] * min(count - len(asked), self._rows(length))
-                asked += self._continue(begins, opening.numel() + length // 4, 0, train)
+                asked += self._continue(
+                    begins, opening.numel() + length // 4, until, self._watch_questions
+                )
             questions = [self._render(document[opening.numel() :]) for document in asked]
             if found := [question for question in questions if question is not None]:
                 return found
         return [self._start()]
+
+    def _watch_questions(self, _sizes: Tensor) -> bool:
+        self._show("its questions", 0.0)
+        return False
 
     def _opening(self) -> Tensor | None:
         """The chat template's tokens before a user's message; None if there are none."""
@@ -253,16 +319,37 @@ class _GumbelMax(LogitsProcessor):  # type: ignore[misc] # transformers has no t
     `generate` would use torch's global random state; this uses a separate generator.
     """
 
-    def __init__(self, generator: torch.Generator, watch: Callable[[int], None]) -> None:
+    def __init__(self, generator: torch.Generator) -> None:
         self._generator = generator
-        self._watch = watch
-        self._steps = 0
 
     def __call__(self, _tokens: Tensor, scores: Tensor) -> Tensor:
-        self._steps += 1
-        self._watch(self._steps)
         scores = scores.float()
         return scores - torch.empty_like(scores).exponential_(generator=self._generator).log()
+
+
+class _Steps(StoppingCriteria):  # type: ignore[misc] # transformers has no types
+    """Counts the documents' tokens, and ends a run of `generate`: for good, or to drop rows."""
+
+    def __init__(
+        self, ends: Sequence[int], sizes: Tensor, rows: Tensor, done: Callable[[], bool]
+    ) -> None:
+        """Args: end tokens, all documents' sizes, this run's rows of them, and whether to end."""
+        self._ends, self._sizes, self._rows, self._done = torch.tensor(ends), sizes, rows, done
+        self.ended = torch.zeros(len(rows), dtype=torch.bool)
+        self.all_done = False
+
+    def __call__(self, tokens: Tensor, _scores: Tensor, **_: object) -> Tensor:
+        self._sizes[self._rows[~self.ended]] += 1
+        self.ended |= torch.isin(tokens[:, -1].cpu(), self._ends)
+        self.all_done = self._done()
+        stops = self.all_done or int(self.ended.sum()) >= DROPPED * len(self.ended)
+        return torch.full((len(tokens),), stops, dtype=torch.bool, device=tokens.device)
+
+
+def _interleaved(counts: Sequence[int]) -> list[int]:
+    """Each index as often as its count says, all spread evenly."""
+    places = [((k + 0.5) / count, part) for part, count in enumerate(counts) for k in range(count)]
+    return [part for _, part in sorted(places)]
 
 
 def check_fits(parameters: int, device: str) -> None:
@@ -291,10 +378,6 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     for tokens in named:
         found.update([tokens] if isinstance(tokens, int) else tokens or [])
     return sorted(found)
-
-
-def _ceil(value: float) -> int:
-    return int(-(-value // 1))
 
 
 def _unsupported(error: Exception) -> UnsupportedModel:

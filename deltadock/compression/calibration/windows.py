@@ -8,7 +8,7 @@ text, windows are held out; of conversations and sampled text, whole documents.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Self
@@ -36,7 +36,7 @@ from deltadock.compression.options import (
     check_weights,
 )
 from deltadock.errors import InvalidCalibration
-from deltadock.words import counted
+from deltadock.words import counted, duration
 
 REPORT: Final = 0.1
 """Fraction of the windows that measure the result."""
@@ -64,6 +64,7 @@ class CalibrationSet:
         sha256: over all three.
         sources: a JSON-able description of each source: kind, sha256 of its file (None if
             there is none), weight, and its tokens in `train` (`tokens`), `choose` and `report`.
+        notes: why there are fewer tokens than were asked for, in words.
     """
 
     train: Tensor
@@ -71,6 +72,7 @@ class CalibrationSet:
     report: Tensor
     sha256: str
     sources: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -83,17 +85,20 @@ class CalibrationSet:
         return any(source["kind"] == "sampled" for source in self.sources)
 
     def to_bytes(self) -> bytes:
-        """As a safetensors file; `sources` are its bytes of JSON."""
-        sources = torch.frombuffer(bytearray(json.dumps(self.sources).encode()), dtype=torch.uint8)
+        """As a safetensors file; `sources` and `notes` are its bytes of JSON."""
+        words = json.dumps([self.sources, self.notes]).encode()
         parts = {"train": self.train, "choose": self.choose, "report": self.report}
-        return save({name: part.contiguous() for name, part in parts.items()} | {"json": sources})
+        return save(
+            {name: part.contiguous() for name, part in parts.items()}
+            | {"json": torch.frombuffer(bytearray(words), dtype=torch.uint8)}
+        )
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
         """What `to_bytes` wrote."""
         found = load(data)
         parts = found["train"], found["choose"], found["report"]
-        return cls(*parts, _hash(parts), json.loads(found["json"].numpy().tobytes()))
+        return cls(*parts, _hash(parts), *json.loads(found["json"].numpy().tobytes()))
 
     @property
     def measured_on(self) -> list[dict[str, Any]]:
@@ -129,7 +134,8 @@ def load_calibration(
         tokenizer_base: the folder whose tokenizer the fine-tune inherits; None: it has its own.
 
     Raises:
-        InvalidCalibration: a source is too short, empty, not UTF-8 or has an invalid line.
+        InvalidCalibration: a source is too short, empty, not UTF-8 or has an invalid line, or the
+            model samples too slowly.
         InvalidCheckpoint: there is no tokenizer.
         UnsupportedModel: the model cannot be sampled from.
     """
@@ -145,18 +151,35 @@ def load_calibration(
         found = None if source.path is None else read_source(source.path, tokenizer, seed)
         contents.append(_split(found, seed) if isinstance(found, Conversations) else found)
     length = _window_length(contents, min(options.length, options.tokens, max_length))
-    sampler: TextSampler | None = None
+    shares = [source.weight / total_weight for source in sources]
+    to_sample = [isinstance(content, Prompts | None) for content in contents]
+    notes = []
+    if any(to_sample):
+        sampler = TextSampler(checkpoint, tokenizer, seed, device, progress)
+        share = sum(share for share, sample in zip(shares, to_sample, strict=True) if sample)
+        for k, content in enumerate(contents):
+            if isinstance(content, Prompts | None):
+                counts = _sampled_windows(_limit(options, shares[k], length))
+                needs = [count * length for count in counts]
+                starts = None if content is None else content.prompts
+                streams = sampler.sample(starts, length, needs, shares[k] / share)
+                contents[k] = _Sampled((streams[0], streams[1], streams[2]))
+        if sampler.ran_out:
+            sampled = [content for content in contents if isinstance(content, _Sampled)]
+            written = sum(part.numel() for content in sampled for part in content.parts)
+            notes.append(_ran_out(sampler, written))
+            length = _window_length(contents, length, notes[0])
     found_parts: list[Parts] = []
     described = []
-    for source, content in zip(sources, contents, strict=True):
-        limit = max(1, int(options.tokens * source.weight / total_weight) // length)
+    for source, content, share in zip(sources, contents, shares, strict=True):
+        limit = _limit(options, share, length)
         if isinstance(content, Text):
             kind, parts = "text", _cut_text(content.tokens, length, limit, seed)
-        elif isinstance(content, _SplitTokens):
-            kind, parts = "conversations", _cut_documents(content, length, limit)
+        elif isinstance(content, _Sampled):
+            kind, parts = "sampled", _cut_sampled(content, length, limit)
         else:
-            sampler = sampler or TextSampler(checkpoint, tokenizer, seed, device, progress)
-            kind, parts = "sampled", _sample(sampler, content, length, limit)
+            assert isinstance(content, _SplitTokens), "all others are sampled by then"
+            kind, parts = "conversations", _cut_documents(content, length, limit)
         found_parts.append(parts)
         described.append(
             {
@@ -169,7 +192,20 @@ def load_calibration(
             }
         )
     train, choose, report = (torch.cat(part) for part in zip(*found_parts, strict=True))
-    return CalibrationSet(train, choose, report, _hash((train, choose, report)), described)
+    return CalibrationSet(train, choose, report, _hash((train, choose, report)), described, notes)
+
+
+def _limit(options: CalibrationOptions, share: float, length: int) -> int:
+    """How many windows of a source with this share of the tokens may calibrate."""
+    return max(1, int(options.tokens * share) // length)
+
+
+def _ran_out(sampler: TextSampler, tokens: int) -> str:
+    return (
+        f"The fine-tune wrote {counted(tokens, 'token')} of calibration text in "
+        f"{duration(sampler.seconds)}, which is as long as it may take. A text that is given "
+        "(`--calibration`) takes no such time."
+    )
 
 
 def sample_windows(
@@ -181,13 +217,14 @@ def sample_windows(
     *,
     tokenizer_base: Path | None = None,
     changes: Mapping[str, Tensor] = MappingProxyType({}),
-) -> tuple[Tensor, list[dict[str, Any]]]:
+) -> tuple[Tensor, list[dict[str, Any]], list[str]]:
     """Sample windows (n, length) int64 that only measure, for a compression without a text.
 
-    Returns them and `Report.measured_on`. The model's memory is free again afterwards.
+    Returns them, `Report.measured_on`, and notes on why there are fewer than usual. The model's
+    memory is free again afterwards.
 
     Raises:
-        InvalidCalibration: the model cannot begin a text, or ends every one at once.
+        InvalidCalibration: the model cannot begin a text, ends every one at once, or is too slow.
         UnsupportedModel: it cannot be run; as `check_fits` and `TextSampler`.
     """
     check_fits(checkpoint.parameters, device)
@@ -196,8 +233,12 @@ def sample_windows(
     length = min(options.calibration.length, max_length, MEASURED_LENGTH)
     count = max(1, min(options.calibration.tokens // 8, MEASURED_TOKENS) // length)
     (stream,) = sampler.sample(None, length, [count * length])
+    notes = [_ran_out(sampler, stream.numel())] if sampler.ran_out else []
+    if notes:
+        length = _window_length([Text(stream)], length, notes[0])
+        count = max(1, stream.numel() // length)
     windows = _windows(stream, length)[:count]
-    return windows, [measured_source("sampled", None, windows.numel())]
+    return windows, [measured_source("sampled", None, windows.numel())], notes
 
 
 def read_windows(
@@ -220,6 +261,10 @@ class _SplitTokens:
     """Three streams of tokens (n,) int64 without a common document."""
 
     parts: Parts
+
+
+class _Sampled(_SplitTokens):
+    """Streams that the fine-tune has written, each long enough unless it ran out of time."""
 
 
 _SourceTokens = Text | _SplitTokens | Prompts | None
@@ -258,11 +303,16 @@ def _split(conversations: Conversations, seed: int) -> _SplitTokens:
     return _SplitTokens((train, choosing, reporting))
 
 
-def _window_length(contents: Sequence[_SourceTokens], length: int) -> int:
-    """The longest window length up to `length` that every file can fill.
+def _window_length(contents: Sequence[_SourceTokens], length: int, why: str = "") -> int:
+    """The longest window length up to `length` that every file, and sampled text, can fill.
+
+    Args:
+        contents: the sources.
+        length: tokens.
+        why: sampled text is short, if it is.
 
     Raises:
-        InvalidCalibration: a file is too short for any.
+        InvalidCalibration: one is too short for any.
     """
     sizes = []
     for content in contents:
@@ -276,6 +326,8 @@ def _window_length(contents: Sequence[_SourceTokens], length: int) -> int:
     if sizes:
         length = min(length, max(sizes) // SAFE_WINDOWS)
     if length < MIN_LENGTH:
+        if why:
+            raise InvalidCalibration(f"{why} These tokens are too few to calibrate on.")
         raise InvalidCalibration(
             f"The calibration files fill windows of {counted(length, 'token')} only; at least "
             f"{MIN_LENGTH} are needed, with one window to calibrate, one to choose and one to "
@@ -311,12 +363,15 @@ def _cut_documents(split: _SplitTokens, length: int, limit: int) -> Parts:
     return train[:limit], choosing[:choose], reporting[:report]
 
 
-def _sample(sampler: TextSampler, prompts: Prompts | None, length: int, limit: int) -> Parts:
-    counts = limit, max(1, limit // 16), max(1, limit // 8)
-    starts = None if prompts is None else prompts.prompts
-    streams = sampler.sample(starts, length, [count * length for count in counts])
+def _sampled_windows(limit: int) -> tuple[int, int, int]:
+    """Numbers of calibrating, choosing and reporting windows to sample."""
+    return limit, max(1, limit // 16), max(1, limit // 8)
+
+
+def _cut_sampled(sampled: _Sampled, length: int, limit: int) -> Parts:
     train, choosing, reporting = (
-        _windows(stream, length)[:count] for stream, count in zip(streams, counts, strict=True)
+        _windows(stream, length)[:count]
+        for stream, count in zip(sampled.parts, _sampled_windows(limit), strict=True)
     )
     return train, choosing, reporting
 
