@@ -19,9 +19,9 @@ from starlette.concurrency import run_in_threadpool
 from deltadock.api.quotas import within_bytes
 from deltadock.api.uploads.ahead import THREADS as HASH_AHEAD_THREADS
 from deltadock.api.uploads.ahead import HashAhead, Prefix
+from deltadock.api.uploads.assembly import assemble_upload
 from deltadock.api.uploads.receive import make_inspector
 from deltadock.api.uploads.service import (
-    assemble_upload,
     check_arrived,
     check_stored,
     complete_upload,

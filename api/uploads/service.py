@@ -9,7 +9,6 @@ that nothing needs can be dropped.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
@@ -17,21 +16,9 @@ import structlog
 from sqlalchemy.orm import Session
 
 from deltadock.api.quotas import check_delta, within_bytes
+from deltadock.api.uploads.assembly import AssembledCheckpoint, contents_of
 from deltadock.api.uploads.receive import check_size, make_inspector
-from deltadock.artifacts.checkpoint import (
-    ADAPTER_CONFIG,
-    ADAPTER_TYPE,
-    CHAT_TEMPLATE,
-    CONFIG,
-    SHARD_INDEX,
-    TOKENIZER_CONFIG,
-    VOCABULARY_FILES,
-    CheckpointManifest,
-    FileEntry,
-    TensorEntry,
-    assemble,
-    configures_chat,
-)
+from deltadock.artifacts.checkpoint import FileEntry, TensorEntry
 from deltadock.compression.options import check_text_bytes
 from deltadock.errors import (
     Conflict,
@@ -51,33 +38,12 @@ from deltadock.storage.repositories import (
     UploadRepository,
 )
 from deltadock.storage.repositories.blobs import BlobRepository, lock_blobs
-from deltadock.storage.tables import (
-    CheckpointRow,
-    UploadFileRow,
-    UploadKind,
-    UploadRow,
-    UploadState,
-)
-
-MAX_JSON_BYTES: Final = 32 << 20
-"""Of config and shard index, which are read into memory (a 1T-parameter model: a tenth of it)."""
+from deltadock.storage.tables import UploadFileRow, UploadKind, UploadRow, UploadState
 
 TOUCH_SECONDS: Final = 30.0
 """Activity is noted in the database at most so often."""
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class AssembledCheckpoint:
-    """The checkpoint that an upload's files are."""
-
-    files: dict[str, str]
-    """SHA-256 of each, by its path."""
-    ignored: list[str]
-    """Paths of files that are not part of it."""
-    manifest_json: bytes
-    checkpoint: CheckpointRow
 
 
 def require_upload(
@@ -425,7 +391,7 @@ def complete_upload(
     check_open(upload)
     is_checkpoint = upload.kind is UploadKind.CHECKPOINT
     if not is_all_stored(upload) or (
-        is_checkpoint and (assembled is None or assembled.files != _contents(upload))
+        is_checkpoint and (assembled is None or assembled.files != contents_of(upload))
     ):
         UploadRepository(session, tenant_id).start_completing(upload)
     else:
@@ -443,42 +409,6 @@ def forget_damaged(session: Session, tenant_id: str, upload_id: str, error: Dama
     upload = require_upload(session, tenant_id, upload_id, lock=True)
     if upload.state is UploadState.OPEN:
         UploadRepository(session, tenant_id).forget_damaged(upload, error.digest)
-
-
-def assemble_upload(
-    session: Session, blobs: BlobStore, upload: UploadRow
-) -> AssembledCheckpoint | None:
-    """What a checkpoint's files, all stored, are together; None: it is a calibration text.
-
-    With tens of thousands of tensors this takes seconds, so it precedes the transaction that
-    completes the upload. A PEFT adapter becomes a checkpoint with a model type of its own. Files
-    that are not the model's are not part of the checkpoint.
-
-    Raises:
-        InvalidCheckpoint: the checkpoint is incomplete or invalid.
-        DamagedBlob: a file that is read is damaged in the store.
-    """
-    if upload.kind is UploadKind.CALIBRATION:
-        return None
-    manifest = _manifest(session, upload, blobs)
-    kept = {file.path for file in manifest.files}
-    manifest_json = manifest.to_json()
-    return AssembledCheckpoint(
-        files=_contents(upload),
-        ignored=sorted(file.path for file in upload.files if file.path not in kept),
-        manifest_json=manifest_json,
-        checkpoint=CheckpointRow(
-            digest=blobs.put_bytes(manifest_json),
-            weights_digest=manifest.weights_digest,
-            model_type=manifest.config["model_type"],
-            total_bytes=manifest.total_bytes,
-            has_chat_template=_has_chat_template(manifest, blobs),
-        ),
-    )
-
-
-def _contents(upload: UploadRow) -> dict[str, str]:
-    return {file.path: file.sha256 for file in upload.files}
 
 
 def finish_upload(
@@ -506,36 +436,3 @@ def finish_upload(
             assembled.checkpoint
         )
     UploadRepository(session, upload.tenant_id).complete(upload)
-
-
-def _has_chat_template(manifest: CheckpointManifest, blobs: BlobStore) -> bool | None:
-    """Whether conversations with it have a format; None: that is its base's tokenizer's."""
-    digests = {file.path: file.sha256 for file in manifest.files}
-    if CHAT_TEMPLATE in digests or (
-        TOKENIZER_CONFIG in digests
-        and configures_chat(blobs.read(digests[TOKENIZER_CONFIG], MAX_JSON_BYTES))
-    ):
-        return True
-    inherits = (
-        manifest.config["model_type"] == ADAPTER_TYPE or not VOCABULARY_FILES & digests.keys()
-    )
-    return None if inherits else False
-
-
-def _manifest(session: Session, upload: UploadRow, blobs: BlobStore) -> CheckpointManifest:
-    digests = _contents(upload)
-    tensors = UploadRepository(session, upload.tenant_id).tensors(upload)
-    return assemble(
-        [FileEntry(file.path, file.size, file.sha256) for file in upload.files],
-        [
-            TensorEntry(
-                tensor["name"], tensor["dtype"], tuple(tensor["shape"]), path, tensor["sha256"]
-            )
-            for path, listed in tensors.items()
-            for tensor in listed
-        ],
-        *(
-            blobs.read(digests[name], MAX_JSON_BYTES) if name in digests else None
-            for name in (CONFIG, ADAPTER_CONFIG, SHARD_INDEX)
-        ),
-    )

@@ -17,7 +17,7 @@ from hypothesis.stateful import (
 )
 from hypothesis.stateful import run_state_machine_as_test as run
 
-from deltadock.api.uploads import service
+from deltadock.api.uploads import assembly, service
 from deltadock.api.uploads.completion import Completer
 from deltadock.artifacts.checkpoint import FileEntry
 from deltadock.errors import Conflict, DeltadockError, HashMismatch, NotFound
@@ -144,7 +144,7 @@ class Uploads(RuleBasedStateMachine):
                 service.check_arrived(self.blobs, upload)
                 if service.is_all_stored(upload):
                     with self.database.read_scope() as session:
-                        assembled = service.assemble_upload(session, self.blobs, upload)
+                        assembled = assembly.assemble_upload(session, self.blobs, upload)
             with self.database.session_scope() as session:
                 service.complete_upload(session, self.blobs, LOCAL_TENANT, self.id, assembled)
 
