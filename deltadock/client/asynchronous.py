@@ -17,19 +17,20 @@ import anyio.to_thread
 import httpx
 
 from deltadock.client import routes
-from deltadock.client.blocking import (
+from deltadock.client.blocking import Client, JobProgress, Push, ignore
+from deltadock.client.connection import find_connection, http_options
+from deltadock.client.methods import method_of
+from deltadock.client.progress import default_bar
+from deltadock.client.requests import (
     POLL_SECONDS,
     RECONNECTS,
-    Client,
-    JobProgress,
-    Push,
-    http_options,
-    ignore,
-    method_of,
+    Call,
+    Events,
+    Lines,
+    Pages,
+    check,
+    domain_error,
 )
-from deltadock.client.connection import find_connection
-from deltadock.client.progress import default_bar
-from deltadock.client.requests import Call, Events, Lines, Pages, check, domain_error
 from deltadock.client.resources import Delta, Job, LogLine
 from deltadock.errors import Cancelled, Unavailable
 

@@ -4,47 +4,26 @@
 and which error a response is.
 """
 
-import hashlib
-import ssl
 import time
-from collections.abc import (
-    Awaitable,
-    Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-)
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from functools import cache, wraps
-from inspect import Parameter, Signature, iscoroutinefunction, signature
 from itertools import chain, count
 from pathlib import Path
 from types import TracebackType
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Concatenate,
-    Final,
-    Literal,
-    ParamSpec,
-    Self,
-    TypeVar,
-    Unpack,
-    get_args,
-)
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, Unpack
 
 import httpx
 
-from deltadock.artifacts.checkpoint import (
-    CHUNK_BYTES,
-    folder_files,
-    read_headers,
-)
+from deltadock.artifacts.checkpoint import folder_files, read_headers
 from deltadock.client import routes
 from deltadock.client.checks import check_method, check_size, check_text
-from deltadock.client.connection import check_connection, find_connection
+from deltadock.client.connection import certificates, http_options
+from deltadock.client.downloads import Downloader
+from deltadock.client.methods import method_of
 from deltadock.client.progress import default_bar
 from deltadock.client.requests import (
+    POLL_SECONDS,
+    RECONNECTS,
     TIMEOUT,
     Call,
     Events,
@@ -59,26 +38,13 @@ from deltadock.client.resources import Checkpoint, Delta, Job, LogLine
 from deltadock.client.routes import GoalOptions
 from deltadock.client.stopping import Stop
 from deltadock.client.uploads import Uploader
-from deltadock.compression.options import (
-    check_weights,
-)
-from deltadock.errors import (
-    DeltadockError,
-    HashMismatch,
-    NotFound,
-    NotReady,
-    Unavailable,
-)
-from deltadock.version import __version__
+from deltadock.compression.options import check_weights
+from deltadock.errors import DeltadockError, NotFound, NotReady, Unavailable
 
 if TYPE_CHECKING:
     from deltadock.client.asynchronous import AsyncClient, AsyncPush
 
-P = ParamSpec("P")
 T = TypeVar("T")
-Awaited = Awaitable[T]
-ClientT = TypeVar("ClientT")
-RequestT = TypeVar("RequestT")
 
 BytesProgress = Callable[[str, int, int], None]
 """Called with a file's name, the bytes that are done, and all of them, by several threads."""
@@ -91,61 +57,10 @@ Calibration = str | Path | Mapping[str | Path, float]
 SAMPLED: Final = "sampled"
 LONG_PAUSE_SECONDS: Final = 4.0
 """A pause that the server asked for: the client's own are shorter."""
-POLL_SECONDS: Final = 1.0
-"""Interval at which a followed log is read, and a broken stream is connected to again."""
-RECONNECTS: Final = 5
-"""Of one stream or download, without anything received between them."""
 
 
 def ignore(*_: object) -> None:
     """The default progress callback."""
-
-
-def method_of(
-    build: Callable[P, RequestT], send: Callable[[ClientT, RequestT], T]
-) -> Callable[Concatenate[ClientT, P], T]:
-    """A client's method that sends what a route builds, with the route's name and signature."""
-
-    @wraps(build)
-    def method(client: ClientT, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return send(client, build(*args, **kwargs))
-
-    own = Parameter("self", Parameter.POSITIONAL_ONLY)
-    parameters = [own, *signature(build).parameters.values()]
-    vars(method)["__signature__"] = Signature(
-        parameters, return_annotation=_returned(signature(build), send)
-    )
-    return method
-
-
-def _returned(route: Signature, send: Callable[..., Any]) -> Any:
-    """What `send` makes of a route's `Call`, `Pages` or `Events`, for `help` and notebooks."""
-    (kind,) = get_args(route.return_annotation)
-    made: Any = None if kind is type(None) else kind
-    form: Any = Awaited if iscoroutinefunction(send) else signature(send).return_annotation
-    return made if form is T else form[made]
-
-
-@cache
-def _certificates() -> ssl.SSLContext:
-    """The trusted certificates, which take 50 ms to load; once a process."""
-    return httpx.create_ssl_context()
-
-
-def http_options(url: str | None, key: str | None) -> dict[str, Any]:
-    """The arguments of an httpx client.
-
-    Raises:
-        InvalidInput: the address or the key is none.
-    """
-    found = find_connection(url, key)
-    check_connection(found)
-    headers = {"User-Agent": f"deltadock/{__version__}"}
-    if found.key:
-        headers["Authorization"] = f"Bearer {found.key}"
-    return {
-        "base_url": found.url, "timeout": TIMEOUT, "headers": headers, "verify": _certificates(),
-    }  # fmt: skip
 
 
 class Client:
@@ -407,7 +322,7 @@ class Client:
         delta: str | None = None,
     ) -> JsonObject:
         with httpx.Client(
-            timeout=TIMEOUT, verify=_certificates(), event_hooks=self._stop.hooks
+            timeout=TIMEOUT, verify=certificates(), event_hooks=self._stop.hooks
         ) as storage:
 
             def put(url: str, body: Iterator[bytes], size: int) -> None:
@@ -510,46 +425,14 @@ class Client:
             raise NotFound(f"There is no folder {path.parent}. Make it, or choose another path.")
         if delta.artifact is None:
             raise NotReady(f"{delta.reference} is {delta.state}; see its job {delta.job}.")
-        size, digest = delta.artifact.bytes, delta.artifact.digest
-        # Named by the digest: an alias may have moved since the first part arrived.
-        partial_path = path.with_name(f"{path.name}.{digest[:16]}.part")
         call = Call("GET", f"/v1/deltas/{delta.id}/artifact", reader(bytes))
-        failures = 0
-        while (received := _size(partial_path)) < size:
-            try:
-                for done in self._receive(call, partial_path, received):
-                    failures = 0
-                    progress(path.name, done, size)
-            except httpx.RequestError as error:
-                failures += 1
-                if failures == RECONNECTS:
-                    raise domain_error(error) from None
-                self._stop.sleep(POLL_SECONDS)
-        hashed = hashlib.sha256()
-        with partial_path.open("rb") as stream:
-            while chunk := stream.read(CHUNK_BYTES):
-                self._stop.check()
-                hashed.update(chunk)
-        if (actual := hashed.hexdigest()) != digest:
-            partial_path.unlink()
-            raise HashMismatch(
-                f"The download of {delta.reference} is damaged: its SHA-256 is {actual}, not "
-                f"{digest}. Download it again."
-            )
-        partial_path.replace(path)
-        return delta
 
-    def _receive(self, call: Call[Any], path: Path, start: int) -> Iterator[int]:
-        """Append the bytes from `start` on to a file; yields its size after each chunk."""
-        # No If-Range: a delta's bytes never change, and an object store does not know our ETag.
-        headers = {"Range": f"bytes={start}-"} if start else {}
-        with closing(self._open(call, headers=headers)) as response:
-            done = start if response.status_code == httpx.codes.PARTIAL_CONTENT else 0
-            with path.open("ab" if done else "wb") as output:
-                for chunk in response.iter_bytes(CHUNK_BYTES):
-                    output.write(chunk)
-                    done += len(chunk)
-                    yield done
+        def open_at(start: int) -> httpx.Response:
+            # No If-Range: a delta's bytes never change, and an object store does not know our ETag.
+            return self._open(call, headers={"Range": f"bytes={start}-"} if start else {})
+
+        Downloader(open_at, progress, self._stop).download(delta.reference, delta.artifact, path)
+        return delta
 
 
 class Push:
@@ -601,7 +484,3 @@ def _weights_of(calibration: Calibration | None) -> Mapping[str | Path, float]:
 def _as_json(answer: Any) -> JsonObject:
     parsed: JsonObject = answer or {}
     return parsed
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0

@@ -7,15 +7,19 @@ only sent to the server that it was kept for.
 
 import json
 import os
+import ssl
+from functools import cache
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import httpx
 
+from deltadock.client.requests import TIMEOUT
 from deltadock.errors import InvalidInput
 from deltadock.settings import read_settings
 from deltadock.storage.api_keys import local_key_path
 from deltadock.trust import keep_secret
+from deltadock.version import __version__
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 URL_VARIABLE: Final = "DELTADOCK_API_URL"
@@ -117,3 +121,25 @@ def _of_home(home: Path) -> tuple[str, str] | None:
     except OSError:
         return None
     return url.strip(), key.strip()
+
+
+@cache
+def certificates() -> ssl.SSLContext:
+    """The trusted certificates, which take 50 ms to load; once a process."""
+    return httpx.create_ssl_context()
+
+
+def http_options(url: str | None, key: str | None) -> dict[str, Any]:
+    """The arguments of an httpx client.
+
+    Raises:
+        InvalidInput: the address or the key is none.
+    """
+    found = find_connection(url, key)
+    check_connection(found)
+    headers = {"User-Agent": f"deltadock/{__version__}"}
+    if found.key:
+        headers["Authorization"] = f"Bearer {found.key}"
+    return {
+        "base_url": found.url, "timeout": TIMEOUT, "headers": headers, "verify": certificates(),
+    }  # fmt: skip

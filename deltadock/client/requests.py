@@ -29,6 +29,10 @@ ATTEMPTS: Final = 4
 longer ones."""
 MAX_PAUSE: Final = 60.0
 """Seconds that the server may ask for."""
+POLL_SECONDS: Final = 1.0
+"""Interval at which a followed log is read, and a broken stream is connected to again."""
+RECONNECTS: Final = 5
+"""Of one stream or download, without anything received between them."""
 REFUSED: Final = frozenset({429, 503})
 """Statuses of requests that the server did not work on."""
 PASSING: Final = REFUSED | {502, 504}
