@@ -1,20 +1,12 @@
 """A base in memory with its engine and its deltas."""
 
 import asyncio
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 from deltadock.artifacts.checkpoint import CheckpointManifest
-from deltadock.artifacts.reader import Artifact
 from deltadock.inference.deltas.hot_delta import HotDeltaMerger
-from deltadock.inference.deltas.reading import (
-    HostDelta,
-    merge_delta,
-    place_delta,
-    read_delta,
-    remove_delta,
-)
+from deltadock.inference.deltas.reading import ModelDevice
 from deltadock.inference.deltas.store import DeltaStore
 from deltadock.inference.deltas.tiers import DiskTier
 from deltadock.inference.engine.engine import Engine
@@ -49,10 +41,8 @@ class ServedBase:
         """Requests and merges in progress; the base is not replaced meanwhile."""
         self.idle = asyncio.Event()
         """Set when the last one leaves."""
-        self._weights_digest = manifest.weights_digest
-        self._files: Mapping[str, str] = read_tokenizer_files(folder)
-        self._disk = disk
-        self.tokenizer = Tokenizer(self._files)
+        files = read_tokenizer_files(folder)
+        self.tokenizer = Tokenizer(files)
         limits = DeltaLimits(
             slots=settings.node_max_deltas + 1,
             rows=max(settings.node_pass_tokens, settings.node_max_sequences),
@@ -69,13 +59,9 @@ class ServedBase:
         )
         self.deltas = DeltaStore(
             disk,
+            ModelDevice(self.model, disk, manifest.weights_digest, files),
             host_bytes=settings.node_host_bytes,
             slots=settings.node_max_deltas,
-            read=self._read_delta,
-            place=partial(place_delta, self.model),
-            remove=partial(remove_delta, self.model),
-            merge=partial(merge_delta, self.model),
-            merged_slot=lambda: self.model.merged_slot,
             metrics=metrics,
             changed=changed,
         )
@@ -119,7 +105,3 @@ class ServedBase:
         """Stop the engine; running sequences are cancelled."""
         self.engine.stop()
         self.deltas.close()
-
-    def _read_delta(self, digest: str) -> HostDelta:
-        with self._disk.open(digest) as path, Artifact(path) as artifact:
-            return read_delta(artifact, self.model, self._weights_digest, self._files)

@@ -15,6 +15,7 @@ from deltadock.artifacts.names import is_head
 from deltadock.artifacts.reader import Artifact
 from deltadock.errors import BaseMismatch, InvalidArtifact
 from deltadock.inference.deltas.tensors import read_tensor_delta
+from deltadock.inference.deltas.tiers import DiskTier
 from deltadock.inference.model.model import DeltaModel, RowSettings
 from deltadock.inference.model.weight_deltas import TensorDelta, in_one_buffer
 from deltadock.inference.prompts.tokenizer import Tokenizer
@@ -109,6 +110,45 @@ def merge_delta(model: DeltaModel, slot: int) -> None:
     with torch.inference_mode(), _side_stream(model.device):
         model.merge(slot)
     model.use_merged(slot)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDevice:
+    """A base's model, in whose slots deltas from a disk are installed.
+
+    Attributes:
+        model: the base's.
+        disk: the artifacts' files.
+        weights_digest: the base's.
+        files: the base's tokenizer and config files.
+    """
+
+    model: DeltaModel
+    disk: DiskTier
+    weights_digest: str
+    files: Mapping[str, str]
+
+    @property
+    def merged_slot(self) -> int | None:
+        """The slot that has merged weights."""
+        return self.model.merged_slot
+
+    def read(self, digest: str) -> HostDelta:
+        """As `read_delta`."""
+        with self.disk.open(digest) as path, Artifact(path) as artifact:
+            return read_delta(artifact, self.model, self.weights_digest, self.files)
+
+    def place(self, slot: int, delta: HostDelta) -> None:
+        """As `place_delta`."""
+        place_delta(self.model, slot, delta)
+
+    def remove(self, slot: int) -> None:
+        """As `remove_delta`."""
+        remove_delta(self.model, slot)
+
+    def merge(self, slot: int) -> None:
+        """As `merge_delta`."""
+        merge_delta(self.model, slot)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -38,20 +38,41 @@ class HeldDelta(NamedTuple):
     pinned: bool = False
 
 
+class SlotDevice(Protocol):
+    """Where deltas are read and installed, by threads; every method blocks."""
+
+    @property
+    def merged_slot(self) -> int | None:
+        """The slot that has merged weights."""
+        ...
+
+    def read(self, digest: str) -> HostDelta:
+        """Load an artifact's delta into host memory."""
+        ...
+
+    def place(self, slot: int, delta: HostDelta) -> None:
+        """Install a delta in an empty slot."""
+        ...
+
+    def remove(self, slot: int) -> None:
+        """Empty a slot."""
+        ...
+
+    def merge(self, slot: int) -> None:
+        """Compute merged weights of a slot, kept until it is emptied."""
+        ...
+
+
 class DeltaStore:
     """One base's deltas in every tier. Belongs to one event loop."""
 
     def __init__(
         self,
         disk: DiskTier,
+        device: SlotDevice,
         *,
         host_bytes: int,
         slots: int,
-        read: Callable[[str], HostDelta],
-        place: Callable[[int, HostDelta], None],
-        remove: Callable[[int], None],
-        merge: Callable[[int], None],
-        merged_slot: Callable[[], int | None],
         metrics: Metrics,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
@@ -59,13 +80,9 @@ class DeltaStore:
 
         Args:
             disk: artifact files, shared by all bases that the node serves one after another.
+            device: has the slots.
             host_bytes: limit of the host tier.
-            slots: device slots.
-            read: load an artifact's delta into host memory; blocks.
-            place: install a delta in an empty slot; blocks.
-            remove: empty a slot; blocks.
-            merge: compute merged weights of a slot, kept until it is emptied; blocks.
-            merged_slot: the slot that has merged weights.
+            slots: how many the device has for deltas.
             metrics: receives load times.
             changed: called whenever the slots' contents change.
         """
@@ -75,9 +92,7 @@ class DeltaStore:
         self._readers = ThreadPoolExecutor(READER_THREADS, "read-delta")
         # One thread, so that installs never run concurrently on the device's tables.
         self._placer = ThreadPoolExecutor(1, "place-delta")
-        self._read, self._place, self._remove = read, place, remove
-        self._merge, self._merged_slot = merge, merged_slot
-        self._metrics = metrics
+        self._device, self._metrics = device, metrics
         self._changed = changed
 
     async def acquire(self, digest: str) -> tuple[int, PlacedDelta]:
@@ -146,7 +161,7 @@ class DeltaStore:
     @property
     def merged(self) -> str | None:
         """The delta that has merged weights."""
-        slot = self._merged_slot()
+        slot = self._device.merged_slot
         for digest, resident in self.slots.residents.items():
             if resident.slot == slot and resident.loading.done():
                 return digest
@@ -165,7 +180,7 @@ class DeltaStore:
         try:
             if (merged := self.merged) is not None:
                 await self.slots.unload(merged)
-            await self._run(self._placer, partial(self._merge, slot))
+            await self._run(self._placer, partial(self._device.merge, slot))
         finally:
             self.release(digest)
 
@@ -210,7 +225,7 @@ class DeltaStore:
 
     async def _read_in_thread(self, digest: str) -> HostDelta:
         with self._metrics.load_seconds.labels("host").time():
-            return await self._run(self._readers, partial(self._read, digest))
+            return await self._run(self._readers, partial(self._device.read, digest))
 
     async def _fill(self, slot: int, digest: str) -> PlacedDelta:
         async with self.host.hold(digest) as delta:
@@ -221,11 +236,11 @@ class DeltaStore:
         return placed
 
     def _replace(self, slot: int, delta: HostDelta) -> None:
-        self._remove(slot)
-        self._place(slot, delta)
+        self._device.remove(slot)
+        self._device.place(slot, delta)
 
     async def _clear(self, slot: int) -> None:
-        await self._run(self._placer, partial(self._remove, slot))
+        await self._run(self._placer, partial(self._device.remove, slot))
 
     async def _run(self, threads: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
         """Run `work` in a thread; errors other than DeltadockError become ones for the client.

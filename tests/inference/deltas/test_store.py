@@ -42,7 +42,7 @@ class Read:
 
 
 class Site:
-    """Tiers over real files, with a fake device."""
+    """Tiers over real files; it is their device, too."""
 
     def __init__(self, folder: Path, *, disk: int, host: int, slots: int) -> None:
         self.blobs = LocalBlobStore(folder / "blobs")
@@ -50,18 +50,14 @@ class Site:
         self.files = FileCache(self.blobs, folder / "cache")
         self.folder = folder / "cache" / "artifacts"
         self.device: dict[int, str] = {}
-        self.merged: int | None = None
+        self.merged_slot: int | None = None
         self.faults: Counter[str] = Counter()
         """How many of the next operations fail, by kind."""
         self.tiers = DeltaStore(
             DiskTier(self.files, disk),
+            self,  # type: ignore[arg-type]
             host_bytes=host,
             slots=slots,
-            read=self.read,  # type: ignore[arg-type]
-            place=self.place,  # type: ignore[arg-type]
-            remove=self.remove,
-            merge=self.merge,
-            merged_slot=lambda: self.merged,
             metrics=Metrics(),
         )
 
@@ -78,15 +74,15 @@ class Site:
 
     def remove(self, slot: int) -> None:
         self.device.pop(slot, None)
-        self.merged = None if self.merged == slot else self.merged
+        self.merged_slot = None if self.merged_slot == slot else self.merged_slot
 
     def merge(self, slot: int) -> None:
         assert slot in self.device
         used = {found.slot for found in self.tiers.slots.residents.values()} - {slot}
-        assert self.merged not in used, "a request may be running on merged weights"
-        self.merged = None
+        assert self.merged_slot not in used, "a request may be running on merged weights"
+        self.merged_slot = None
         self._fail("merge", MemoryError())
-        self.merged = slot
+        self.merged_slot = slot
 
     def _fail(self, kind: str, error: Exception) -> None:
         if self.faults[kind]:
@@ -176,7 +172,7 @@ def test_one_delta_at_a_time_has_merged_weights(site: Site) -> None:
         assert site.tiers.merged is None, "it left its slot"
         await site.tiers.merge(third)
         assert site.tiers.merged == third
-        assert site.device[site.merged or 0] == third
+        assert site.device[site.merged_slot or 0] == third
 
     asyncio.run(scenario())
 
@@ -348,7 +344,7 @@ class Users(RuleBasedStateMachine):
         for digest, slot in self.running:
             assert self.site.device[slot] == digest, "a slot in use was given away"
         merged = tiers.merged
-        assert merged is None or self.site.device[self.site.merged or 0] == merged
+        assert merged is None or self.site.device[self.site.merged_slot or 0] == merged
         pinned = [r for r in tiers.slots.residents.values() if r.pinned]
         assert len(pinned) < max(slots, 1)
 
