@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, NamedTuple, Self
+from typing import Final, NamedTuple, Self
 
 from pydantic import BaseModel, Field
 
@@ -95,28 +95,6 @@ class MeasuredFigures(BaseModel):
     tokens: int
 
 
-class SummaryFigures(BaseModel):
-    """The figures of the whole model; see `deltadock.compression.report.Report`."""
-
-    nominal_bits: float | None = None
-    true_bits: float | None = None
-    artifact_bytes: int | None = None
-    checkpoint_bytes: int | None = None
-    parameters: int | None = None
-    ratio: float | None = None
-    kl: float | None = None
-    kl_base: float | None = None
-    agreement: float | None = None
-    nll: float | None = None
-    nll_finetuned: float | None = None
-    nll_base: float | None = None
-    base_digest: str | None = None
-    calibration: CalibrationFigures | None = None
-    measured_on: list[MeasuredFigures] = Field(default_factory=list)
-    seconds: float | None = None
-    notes: list[str] = Field(default_factory=list)
-
-
 class Place(NamedTuple):
     """A matrix's position in a chart: its projection and layer."""
 
@@ -176,22 +154,28 @@ class ByteShare(NamedTuple):
     style: str
 
 
-@dataclass(frozen=True)
-class ReportFigures:
-    """All figures of one report."""
+class ReportFigures(BaseModel):
+    """All figures of one report; see `deltadock.compression.report.Report`."""
 
-    summary: SummaryFigures
-    matrices: list[MatrixFigures]
-    others: list[TensorFigures]
-
-    @classmethod
-    def of(cls, report: dict[str, Any]) -> Self:
-        """Parse a stored report."""
-        return cls(
-            summary=SummaryFigures.model_validate(report),
-            matrices=[MatrixFigures.model_validate(row) for row in report.get("matrices", [])],
-            others=[TensorFigures.model_validate(row) for row in report.get("other_tensors", [])],
-        )
+    nominal_bits: float | None = None
+    true_bits: float | None = None
+    artifact_bytes: int | None = None
+    checkpoint_bytes: int | None = None
+    parameters: int | None = None
+    ratio: float | None = None
+    kl: float | None = None
+    kl_base: float | None = None
+    agreement: float | None = None
+    nll: float | None = None
+    nll_finetuned: float | None = None
+    nll_base: float | None = None
+    base_digest: str | None = None
+    calibration: CalibrationFigures | None = None
+    measured_on: list[MeasuredFigures] = Field(default_factory=list)
+    seconds: float | None = None
+    notes: list[str] = Field(default_factory=list)
+    matrices: list[MatrixFigures] = Field(default_factory=list)
+    others: list[TensorFigures] = Field(default_factory=list, alias="other_tensors")
 
     @cached_property
     def grid(self) -> MatrixGrid:
@@ -248,7 +232,7 @@ class ReportFigures:
         if small := others[_LISTED_GROUPS:]:
             smaller = sum(share.bytes for share in small)
             shares.append(ByteShare("smaller tensors", smaller, "base"))
-        remainder = (self.summary.artifact_bytes or 0) - sum(share.bytes for share in shares)
+        remainder = (self.artifact_bytes or 0) - sum(share.bytes for share in shares)
         if remainder > 0:
             shares.append(ByteShare("header and manifest", remainder, "full"))
         return shares

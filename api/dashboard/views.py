@@ -312,7 +312,7 @@ def delta_view(session: Session, tenant_id: str, delta_id: str) -> DeltaView:
         DeltaEntry(detail, describe_jobs(session, tenant_id, [delta.job])[0]),
         detail.lineage,
         DeltaEntry.of(parent) if parent else None,
-        ReportFigures.of(report) if report else None,
+        ReportFigures.model_validate(report) if report else None,
         siblings,
         exact,
         checkpoint.total_bytes

@@ -59,7 +59,7 @@ def test_grids_are_valid_xml_with_a_titled_cell_per_matrix(many: list[MatrixFigu
 
 def test_heat_map_titles_show_each_error() -> None:
     report = seed.report(layers=3)
-    root = ET.fromstring(charts.heat_map(ReportFigures.of(report).grid))
+    root = ET.fromstring(charts.heat_map(ReportFigures.model_validate(report).grid))
     drawn = {
         title.split("\nerror ")[0]: float(title.split("\nerror ")[1]) for title in titles(root)
     }
@@ -77,12 +77,12 @@ def test_a_layers_bits_are_those_of_all_its_matrices() -> None:
         return {"name": f"layers.{layer}.{name}", "shape": [10, 10], "bytes": size}
 
     rows = [matrix(0, "q", 10), matrix(0, "k", 20), matrix(1, "q", 25), matrix(1, "k", 30)]
-    figures = ReportFigures.of({"matrices": rows})
+    figures = ReportFigures.model_validate({"matrices": rows})
     assert [layer.bits for layer in figures.bits_by_layer] == [1.2, 2.2]
     root = ET.fromstring(charts.layer_bits(figures.bits_by_layer, 1.0))
     heights = [float(rect.attrib["height"]) for rect in root.iter("rect")]
     assert heights[1] / heights[0] == pytest.approx(2.2 / 1.2, rel=0.01)
-    same = ReportFigures.of({"matrices": [matrix(0, "q", 10), matrix(1, "q", 10)]})
+    same = ReportFigures.model_validate({"matrices": [matrix(0, "q", 10), matrix(1, "q", 10)]})
     assert same.bits_by_layer == []  # such as BitDelta's: nothing to see
 
 
@@ -189,7 +189,7 @@ def test_bars_of_two_factors_do_not_exceed_the_ranks() -> None:
 
 
 def test_spectra_show_the_width_of_each_rank_in_three_layers() -> None:
-    spectra = ReportFigures.of(seed.report(layers=9)).spectra
+    spectra = ReportFigures.model_validate(seed.report(layers=9)).spectra
     assert [one.projection for one in spectra] == list(seed.PROJECTIONS)
     assert list(spectra[0].by_layer) == ["0", "4", "8"]
     root = ET.fromstring(charts.spectrum(spectra[0]))
@@ -229,8 +229,8 @@ def test_equal_projections_of_different_stacks_are_distinguished() -> None:
 
 
 def test_shares_add_up_to_the_artifact() -> None:
-    figures = ReportFigures.of(seed.report())
-    assert sum(share.bytes for share in figures.shares) == figures.summary.artifact_bytes
+    figures = ReportFigures.model_validate(seed.report())
+    assert sum(share.bytes for share in figures.shares) == figures.artifact_bytes
     assert figures.shares[0].label == "self_attn.q_proj × 24"
     assert figures.shares[-1].label == "header and manifest"
 
