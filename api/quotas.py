@@ -15,7 +15,8 @@ from deltadock.storage.repositories import TenantRepository, TotalsRepository
 from deltadock.storage.tables import TenantRow
 from deltadock.words import counted, size
 
-JOB_RETRY_SECONDS: Final = 30
+JOB_RETRY_SECONDS: Final = 300
+"""What a job takes, roughly; clients of ours wait for less only, and so tell of the refusal."""
 
 
 class Room(NamedTuple):

@@ -181,6 +181,4 @@ class Lease:
     def expire(self, error: DeltadockError) -> None:
         """Let the lease expire now after `error`, so that the sweeper re-sends the job."""
         with self._database.session_scope() as session:
-            jobs = JobRepository(session, EVERY_TENANT)
-            if jobs.renew(self.job_id, self.owner, 0.0):
-                jobs.write_log(self.job_id, f"To be tried again ({error.code}): {error.message}")
+            JobRepository(session, EVERY_TENANT).expire(self.job_id, self.owner, error.message)

@@ -28,7 +28,7 @@ ATTEMPTS: Final = 4
 """Of one request; the pauses between them are at most 3.5 seconds, unless the server asks for
 longer ones."""
 MAX_PAUSE: Final = 60.0
-"""Seconds that the server may ask for."""
+"""Seconds that the server may ask for; if it asks for more, its refusal is raised at once."""
 POLL_SECONDS: Final = 1.0
 """Interval at which a followed log is read, and a broken stream is connected to again."""
 RECONNECTS: Final = 5
@@ -101,7 +101,9 @@ class Call(Generic[T]):
             raise found from None
         asked = found.headers.get("retry-after", "")
         if asked.isdecimal():
-            return min(float(asked), MAX_PAUSE)
+            if float(asked) > MAX_PAUSE:
+                raise found from None
+            return float(asked)
         longest: float = 2.0 ** (attempt - 2)
         return random.uniform(longest / 2, longest)
 

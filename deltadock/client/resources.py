@@ -111,12 +111,13 @@ class Job(Resource):
 
     @property
     def stage(self) -> str:
-        """What it does now, such as `compressing: block 2 of 5, matrix 3 of 7`."""
+        """What it does now, such as `compressing (attempt 2): block 2 of 5, matrix 3 of 7`."""
         if self.state == "queued" and self.queue_position:
             return f"queued: number {self.queue_position}"
-        if self.is_final or not self.message:
+        if self.is_final:
             return self.state
-        return f"{self.state}: {self.message}"
+        state = f"{self.state} (attempt {self.attempt})" if self.attempt > 1 else self.state
+        return f"{state}: {self.message}" if self.message else state
 
     @property
     def elapsed(self) -> float | None:

@@ -6,7 +6,6 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
     and_,
-    case,
     delete,
     func,
     insert,
@@ -40,6 +39,9 @@ MAX_LOG_LINES: Final = 1000
 
 MAX_POSITION: Final = 1000
 """Places in the queue that are numbered."""
+
+TRIED_AGAIN: Final = "to be tried again"
+"""How the message of a job begins that an error has interrupted."""
 
 _BEGUN: Final = and_(JobRow.started_at.is_not(None), JobRow.finished_at.is_(None))
 """Jobs that a worker has begun and none has ended; they have an index."""
@@ -198,8 +200,16 @@ class JobRepository:
         None if another owner's lease is live, the state is final or the job does not exist.
         """
         now = database_now(self.session)
-        released = and_(JobRow.started_at.is_not(None), JobRow.lease_owner.is_(None))
-        continues = self.session.scalar(select(released).where(JobRow.id == job_id))
+        before = self.session.execute(
+            select(JobRow.started_at, JobRow.lease_owner, JobRow.message).where(JobRow.id == job_id)
+        ).one_or_none()
+        does, message, why = "starts", "", ""
+        if before is not None and before.started_at is not None:
+            does, message = "continues", "repeating unsaved steps"
+            if before.message.startswith(TRIED_AGAIN):
+                why = before.message.removeprefix(TRIED_AGAIN)
+            elif before.lease_owner not in (None, owner):
+                why = f", as {before.lease_owner} has died"
         free = or_(
             JobRow.lease_owner.is_(None),
             JobRow.lease_owner == owner,
@@ -211,7 +221,7 @@ class JobRepository:
             lease_expires_at=now + timedelta(seconds=lease_seconds),
             attempt=JobRow.attempt + 1,
             # Until it is past them: `advance` only moves forward.
-            message=case((JobRow.state == JobState.QUEUED, ""), else_="repeating unsaved steps"),
+            message=message + why,
             updated_at=now,
             started_at=func.coalesce(JobRow.started_at, now),
             idle_seconds=JobRow.idle_seconds + self._idle_for(job_id, now),
@@ -226,8 +236,7 @@ class JobRepository:
             .where(JobRow.id == job_id)
             .execution_options(populate_existing=True)
         ).one()
-        does = "continues" if continues else "starts"
-        self.write_log(job_id, f"Attempt {job.attempt} {does} on {owner}.")
+        self.write_log(job_id, f"Attempt {job.attempt} {does} on {owner}{why.rstrip('.')}.")
         return job
 
     def _idle_for(self, job_id: str, now: datetime) -> float:
@@ -322,8 +331,8 @@ class JobRepository:
         )
         return {row.id: row.lease_owner for row in self.session.execute(query)}
 
-    def expire(self, job_id: str, owner: str) -> bool:
-        """End the lease of a worker that has died; False if it does not hold it.
+    def expire(self, job_id: str, owner: str, error: str | None = None) -> bool:
+        """End the lease of a worker that has died, or met an error; False if it does not hold it.
 
         Unlike a release this counts as an attempt: the job may be what kills its workers.
         """
@@ -331,12 +340,19 @@ class JobRepository:
         expired = self._set(
             _held(job_id, owner),
             lease_expires_at=now,
-            message="waiting for a worker to continue",
+            message=f"{TRIED_AGAIN} after an error: {error}"
+            if error
+            else "waiting for a worker to continue",
             updated_at=now,
             expected_at=None,
         )
         if expired:
-            self.write_log(job_id, f"{owner} has died; another worker continues.")
+            self.write_log(
+                job_id,
+                f"{TRIED_AGAIN.capitalize()} after an error: {error}"
+                if error
+                else f"{owner} has died; another worker continues.",
+            )
         return expired
 
     def request_cancel(self, job_id: str) -> JobRow | None:

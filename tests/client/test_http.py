@@ -24,6 +24,7 @@ from deltadock.errors import (
     InvalidInput,
     NotFound,
     Overloaded,
+    RateLimited,
     Unavailable,
 )
 
@@ -193,6 +194,16 @@ def test_what_may_have_been_done_is_not_done_twice(
         client.retry("job_x")
     assert asked == ["POST"]
     assert pauses == []
+
+
+def test_a_server_that_asks_for_a_long_pause_is_not_waited_for(pauses: list[float]) -> None:
+    """As when a tenant's jobs are as many as it may run."""
+    body = {"code": "rate_limited", "detail": "Your tenant may run 1 job at once."}
+    busy = [answer(429, json=body, headers={"Retry-After": "300"})]
+    client, asked = answering(*busy)
+    with pytest.raises(RateLimited, match="1 job at once"):
+        client.generate("tiny", "x")
+    assert (len(asked), pauses) == (1, [])
 
 
 def test_what_creates_is_repeated_under_one_key(pauses: list[float]) -> None:

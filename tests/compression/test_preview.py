@@ -191,6 +191,16 @@ def test_the_global_budget_covers_all_compressed_tensors() -> None:
     assert predicted.to_dict()["ratio"] == predicted.checkpoint_bytes / predicted.artifact_bytes
 
 
+@pytest.mark.parametrize("method", ["adamix", "delta-come", "topk-2", "topk-32", "low-rank"])
+def test_a_size_below_the_smallest_is_refused_by_shapes_alone(method: str) -> None:
+    shapes = qwen2_5_7b()
+    least = preview_size(shapes, method, Goal("bits", METHODS[method].bits_min or 0.0))
+    within = preview_size(shapes, method, Goal("target_bytes", round(0.95 * least.artifact_bytes)))
+    assert within == least, "near it the job decides"
+    with pytest.raises(InvalidGoal, match="cannot be reached"):
+        preview_size(shapes, method, Goal("target_bytes", round(0.9 * least.artifact_bytes)))
+
+
 @pytest.mark.parametrize("method", ["adamix", "optimix"])
 @pytest.mark.parametrize("ratio", [4.0, 8.0, 15.0])
 def test_a_size_goal_is_converted_to_a_budget(

@@ -180,6 +180,32 @@ def test_a_released_lease_can_be_acquired_immediately(
     ]
 
 
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (None, "repeating unsaved steps, as one has died"),
+        ("The store is down.", "repeating unsaved steps after an error: The store is down."),
+    ],
+)
+def test_a_job_that_is_tried_again_says_why(
+    jobs: JobRepository, job: JobRow, error: str | None, why: str
+) -> None:
+    jobs.acquire(job.id, "one", LEASE)
+    jobs.advance(job.id, "one", progress(JobState.CALIBRATING, 20.0))
+    assert jobs.expire(job.id, "one", error)
+    waiting = jobs.find(job.id)
+    assert waiting is not None
+    assert waiting.message.endswith(error or "waiting for a worker to continue")
+    taken = jobs.acquire(job.id, "two", LEASE)
+    assert taken is not None
+    assert (taken.attempt, taken.percent, taken.message) == (2, 20.0, why)
+    (*_, last) = jobs.log(job.id, after=0, limit=9)
+    assert (
+        last.message
+        == f"Attempt 2 continues on two{why.removeprefix('repeating unsaved steps').rstrip('.')}."
+    )
+
+
 def test_one_of_many_concurrent_workers_acquires_the_lease(database: Database) -> None:
     with database.session_scope() as session:
         job_id = add_job(session).id
