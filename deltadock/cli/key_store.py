@@ -1,7 +1,6 @@
 """API keys, made and revoked by a server, or in its database without one."""
 
 import hmac
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -11,8 +10,7 @@ from typing import Final, TypeVar
 from sqlalchemy import make_url
 from sqlalchemy.orm import Session
 
-from deltadock.cli.server import connect
-from deltadock.client.connection import LOGIN, URL_VARIABLE, find_connection
+from deltadock.cli.server import connect, uses_server
 from deltadock.client.resources import Key
 from deltadock.errors import InvalidInput, NotFound
 from deltadock.settings import Settings, deployed_in, settings_in
@@ -28,18 +26,6 @@ KeyT = TypeVar("KeyT", Key, ApiKeyRow)
 
 LOCAL: Final = "local"
 """Name of the key that `deltadock up` makes for its own machine."""
-
-
-def uses_server(home: Path | None, url: str | None) -> bool:
-    """Whether a server is asked, with an admin key, instead of its database.
-
-    It is if `--url`, DELTADOCK_API_URL or a login names one, unless this process is told where the
-    database is.
-    """
-    if url is not None:
-        return True
-    told = home is not None or "DELTADOCK_DATABASE_URL" in os.environ
-    return not told and find_connection().url_from in (URL_VARIABLE, LOGIN)
 
 
 def create(

@@ -9,6 +9,7 @@ import typer
 
 from deltadock.cli.options import Home
 from deltadock.cli.output import AsJson, output, print_json, working
+from deltadock.cli.server import check_works_here
 from deltadock.words import counted
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def backup(
     from deltadock.settings import deployed_in
     from deltadock.storage import backup as files
 
+    check_works_here(home)
     with _database(deployed_in(home)) as database, working("writing the rows"):
         rows = files.backup(database, file)
     if as_json:
@@ -64,6 +66,7 @@ def restore(
     from deltadock.storage.blobs import make_blob_store
     from deltadock.storage.reconciliation import missing_blobs
 
+    check_works_here(home)
     settings = settings_in(home)
     with acting(COMMAND), working("restoring the rows"):
         rows = files.restore(settings.sqlalchemy_url, file)
@@ -95,6 +98,7 @@ def export_audit(
     from deltadock.storage.repositories import AuditRepository
     from deltadock.storage.tenancy import EVERY_TENANT
 
+    check_works_here(home)
     with _database(deployed_in(home)) as database, database.read_scope() as session:
         for row in AuditRepository(session, EVERY_TENANT).export(after):
             typer.echo(AuditRecord.of(row).model_dump_json())

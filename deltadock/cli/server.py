@@ -1,16 +1,18 @@
 """The server that the commands talk to: its options, and a client of it."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deltadock.cli.output import say
 from deltadock.compression.options import METHODS
-from deltadock.errors import DeltadockError, Unauthorized
+from deltadock.errors import DeltadockError, InvalidInput, Unauthorized
 from deltadock.words import duration
 
 if TYPE_CHECKING:
@@ -64,6 +66,37 @@ def connect(url: str | None = None) -> Iterator["Client"]:
             raise Unauthorized(
                 f"{error.message} {came} `deltadock login {found.url}` keeps one."
             ) from error
+
+
+def uses_server(home: Path | None, url: str | None) -> bool:
+    """Whether a server is asked, with an admin key, instead of its database.
+
+    It is if `--url`, DELTADOCK_API_URL or a login names one, unless this process is told where the
+    database is.
+    """
+    from deltadock.client.connection import LOGIN, URL_VARIABLE, find_connection
+
+    if url is not None:
+        return True
+    told = home is not None or "DELTADOCK_DATABASE_URL" in os.environ
+    return not told and find_connection().url_from in (URL_VARIABLE, LOGIN)
+
+
+def check_works_here(home: Path | None) -> None:
+    """Check that a command which works on database and store is not meant for a server elsewhere.
+
+    Raises:
+        InvalidInput: a server is named, and neither a home nor a database is.
+    """
+    from deltadock.client.connection import find_connection
+
+    if "DELTADOCK_HOME" not in os.environ and uses_server(home, None):
+        found = find_connection()
+        raise InvalidInput(
+            f"This works on a database and its blobs, not through the server {found.url} that "
+            f"{found.url_from} names. Run it where that server's database is, with "
+            "DELTADOCK_DATABASE_URL, or name a folder with --home."
+        )
 
 
 def _say_pause(seconds: float, error: DeltadockError) -> None:

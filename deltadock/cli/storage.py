@@ -6,6 +6,7 @@ import typer
 
 from deltadock.cli.options import Home
 from deltadock.cli.output import AsJson, output, print_json, print_table, working
+from deltadock.cli.server import check_works_here
 from deltadock.words import counted, grouped, size
 
 
@@ -24,6 +25,7 @@ def gc(
     from deltadock.storage.database import Database
     from deltadock.storage.usage import Usage
 
+    check_works_here(home)
     settings = deployed_in(home)
     collector = Collector(Database(settings.sqlalchemy_url), make_blob_store(settings), settings)
     with acting(COMMAND), working("looking for what nothing needs") as say:
@@ -66,6 +68,7 @@ def reconcile(home: Home = None, as_json: AsJson = False) -> None:
     from deltadock.storage.reconciliation import reconcile as compare
     from deltadock.storage.reconciliation import recount
 
+    check_works_here(home)
     settings = deployed_in(home)
     database = Database(settings.sqlalchemy_url)
     with working("comparing rows and blobs"):

@@ -324,6 +324,22 @@ def test_a_home_without_a_deltadock_is_named(
     assert not home.exists()
 
 
+@pytest.mark.parametrize(
+    "command", [("gc",), ("reconcile",), ("backup", "x.zip"), ("audit", "export")], ids=" ".join
+)
+def test_what_works_on_a_database_is_not_meant_for_a_server(
+    deltadock: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DELTADOCK_HOME", raising=False)
+    monkeypatch.setenv("DELTADOCK_API_URL", "http://elsewhere.example")
+    outcome = deltadock(*command)
+    words = "not through the server http://elsewhere.example that DELTADOCK_API_URL names."
+    assert_refused(outcome, "invalid_input", words)
+    monkeypatch.setenv("DELTADOCK_HOME", str(tmp_path / "home"))
+    assert_refused(deltadock(*command), "not_found", "There is no Deltadock in")
+
+
 def test_a_preview_of_the_base_itself_is_refused(inputs: Inputs, deltadock: Command) -> None:
     outcome = deltadock("preview", "--base", inputs.base, "--finetuned", inputs.base)
     assert outcome.code == 1
