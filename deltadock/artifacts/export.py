@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -36,10 +37,7 @@ def merge(base: Path, artifact_path: Path, out: Path, shard_bytes: int = SHARD_B
         InvalidArtifact: the delta is unreadable or damaged, or names tensors that `base` lacks.
         Conflict: `out` exists and is not an empty folder.
     """
-    out = out.resolve()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise Conflict(f"{out} is not an empty folder; choose another name.")
-    with Artifact(artifact_path) as artifact:
+    with new_folder(out) as folder, Artifact(artifact_path) as artifact:
         manifest = scan_folder(base)
         artifact.check_base(manifest.weights_digest)
         artifact.check_intact()
@@ -49,23 +47,36 @@ def merge(base: Path, artifact_path: Path, out: Path, shard_bytes: int = SHARD_B
             raise InvalidArtifact(
                 f"{artifact_path.name} changes {min(unknown)!r}, which the base lacks."
             )
-        partial = out.with_name(out.name + ".partial")
+        # A head that is tied to the embedding is written if the delta unties it.
+        written = {
+            name: entry
+            for name, entry in known.items()
+            if name == entry.name or name in artifact.records
+        }
+        _write_shards(_merged_tensors(base, written, artifact), folder, shard_bytes)
+        _write_files(base, manifest, artifact, folder)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` when all is written.
+
+    Raises:
+        Conflict: `out` exists and is not an empty folder.
+    """
+    out = out.resolve()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise Conflict(f"{out} is not an empty folder; choose another name.")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            # A head that is tied to the embedding is written if the delta unties it.
-            written = {
-                name: entry
-                for name, entry in known.items()
-                if name == entry.name or name in artifact.records
-            }
-            _write_shards(_merged_tensors(base, written, artifact), partial, shard_bytes)
-            _write_files(base, manifest, artifact, partial)
-            if out.exists():
-                out.rmdir()
-            partial.rename(out)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _merged_tensors(
@@ -85,12 +96,12 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_byt
     size = 0
     for name, tensor in tensors:
         if shard and size + tensor.nbytes > shard_bytes:
-            _write_shard(folder, shard, len(names) + 1)
+            write_tensors(folder / f"shard-{len(names) + 1}", shard)
             names.append(list(shard))
             shard, size = {}, 0
         shard[name] = tensor.contiguous()
         size += tensor.nbytes
-    _write_shard(folder, shard, len(names) + 1)
+    write_tensors(folder / f"shard-{len(names) + 1}", shard)
     _name_shards(folder, [*names, list(shard)])
 
 
@@ -101,20 +112,25 @@ def _write_files(
     for file in manifest.files:
         if file.path in MODEL_FILES:
             shutil.copyfile(base / file.path, folder / file.path)
+    write_carried(artifact, folder)
+
+
+def write_carried(artifact: Artifact, folder: Path, without: str | None = None) -> None:
+    """Write the fine-tune's files that differ from the base's, and remove those that it lacks."""
     for name, text in artifact.files.items():
         if text is None:
             (folder / name).unlink(missing_ok=True)
-        else:
+        elif name != without:
             (folder / name).write_bytes(text.encode())
     for name, content in artifact.binary_files.items():
         (folder / name).write_bytes(content)
 
 
-def _write_shard(folder: Path, tensors: dict[str, Tensor], number: int) -> None:
-    path = folder / f"shard-{number}"
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file."""
     save_file(tensors, str(path), metadata={"format": "pt"})
     # safetensors creates files with mode 0600; use the folder's read permissions.
-    path.chmod(folder.stat().st_mode & 0o666)
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _name_shards(folder: Path, names: list[list[str]]) -> None:

@@ -48,8 +48,8 @@ for panel, commands in {
     TALK: (chat.run, chat.generate),
     WATCH: (jobs.jobs, jobs.logs, jobs.cancel, jobs.retry, doctor.doctor),
     NODES: (fleet.ps, fleet.drain, fleet.resume, fleet.evict),
-    OFFLINE: (offline.preview, offline.compress, offline.evaluate, offline.merge, offline.inspect,
-              offline.verify, offline.methods),
+    OFFLINE: (offline.preview, offline.compress, offline.evaluate, offline.merge, offline.export,
+              offline.inspect, offline.verify, offline.methods),
     RUNNING: (login.login, login.logout, start.up, start.topology, start.node, start.demo,
               records.migrate, storage.gc, storage.reconcile, records.backup, records.restore),
 }.items():  # fmt: skip

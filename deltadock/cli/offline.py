@@ -429,6 +429,23 @@ def merge(
         typer.echo(f"Wrote {out}")
 
 
+def export(
+    base: Folder,
+    delta: DeltaFile,
+    out: Annotated[Path, typer.Option(help="Adapter folder to write.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write a delta of low-rank products as a PEFT adapter."""
+    from deltadock.compression.adapters.exporting import export_adapter
+
+    with working("exporting"):
+        export_adapter(base, delta, out)
+    if as_json:
+        print_json({"out": str(out)})
+    else:
+        typer.echo(f"Wrote {out}")
+
+
 def inspect(delta: DeltaArgument, as_json: AsJson = False) -> None:
     """Show the contents of a delta file."""
     from deltadock.artifacts.reader import Artifact

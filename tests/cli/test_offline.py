@@ -148,6 +148,12 @@ def test_an_adapter_needs_no_method(inputs: Inputs, deltadock: Command, tmp_path
     outcome = deltadock("compress", *both, "--out", out, "--json")
     assert outcome.code == 0, outcome.stderr
     assert json.loads(outcome.stdout)["method"] == "lora"
+    again = ("export", "--base", inputs.base, "--delta", out, "--out", tmp_path / "again", "--json")
+    printed = json.loads(deltadock(*again).stdout)
+    assert set(printed) == documented("export")
+    exported = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert all(torch.equal(exported.pop(name), tensor) for name, tensor in factors.items())
+    assert not exported
     outcome = deltadock("compress", *both, "--out", tmp_path / "b.delta", "--method", "bitdelta")
     assert (outcome.code, "leave the method (`--method`) out" in outcome.stderr) == (1, True)
 

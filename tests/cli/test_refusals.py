@@ -253,8 +253,9 @@ def test_another_base_is_refused(
     mine = scan_folder(wrong).weights_digest
     arguments = evaluate(inputs, delta.path, "--json", base=wrong)
     assert_refused(deltadock(*arguments), "base_mismatch", mine)
-    arguments = ["merge", "--base", wrong, "--delta", delta.path, "--out", tmp_path / "out"]
-    assert_refused(deltadock(*arguments), "base_mismatch", mine)
+    for verb in ("merge", "export"):
+        arguments = [verb, "--base", wrong, "--delta", delta.path, "--out", tmp_path / "out"]
+        assert_refused(deltadock(*arguments), "base_mismatch", mine)
     assert list(tmp_path.iterdir()) == [other]
 
 
@@ -267,8 +268,9 @@ def test_existing_output_is_not_overwritten(
     (folder / "file").touch()
     for out in (file, folder):
         assert_refused(deltadock(*compress(inputs, out)), "conflict", str(out))
-        arguments = ["merge", "--base", inputs.base, "--delta", delta.path, "--out", out]
-        assert_refused(deltadock(*arguments), "conflict", str(out))
+        for verb in ("merge", "export"):
+            arguments = [verb, "--base", inputs.base, "--delta", delta.path, "--out", out]
+            assert_refused(deltadock(*arguments), "conflict", str(out))
     assert file.read_text() == "precious"
     assert [path.name for path in folder.iterdir()] == ["file"]
 
@@ -346,7 +348,7 @@ def test_a_preview_of_the_base_itself_is_refused(inputs: Inputs, deltadock: Comm
     assert "error (unchanged_checkpoint): The fine-tune equals its base" in outcome.stderr
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify", "merge", "evaluate"])
+@pytest.mark.parametrize("command", ["inspect", "verify", "merge", "export", "evaluate"])
 def test_files_that_are_not_deltas_are_refused(
     inputs: Inputs, deltadock: Command, tmp_path: Path, command: str
 ) -> None:
@@ -354,6 +356,7 @@ def test_files_that_are_not_deltas_are_refused(
     out = tmp_path / "out"
     arguments = {
         "merge": ["merge", "--base", inputs.base, "--delta", weights, "--out", out],
+        "export": ["export", "--base", inputs.base, "--delta", weights, "--out", out],
         "evaluate": evaluate(inputs, weights),
     }.get(command, [command, weights])
     assert_refused(deltadock(*arguments), "invalid_artifact", "Is it a checkpoint?")
