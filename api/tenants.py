@@ -35,7 +35,8 @@ class Limits(RequestBody):
         default=None,
         ge=0,
         le=MAX_BYTES,
-        description="Of uploaded files and artifacts, equal ones counted once.",
+        description="Of uploaded files and artifacts, equal ones counted once, and of each file "
+        "that is announced or to be imported.",
     )
     max_deltas: Count
     max_jobs: int | None = Field(
@@ -72,8 +73,8 @@ class UsageOut(BaseModel):
     """What a tenant uses of its quotas."""
 
     bytes: int = Field(
-        description="Of uploaded and announced files and of artifacts, equal ones counted once, "
-        "and of what is to be imported.",
+        description="Of uploaded files and artifacts, equal ones counted once, and of each file "
+        "that is announced or to be imported.",
         examples=[15_231_233_024],
     )
     deltas: int = Field(examples=[12])

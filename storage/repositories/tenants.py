@@ -29,8 +29,8 @@ class Usage(NamedTuple):
     """What a tenant uses of its quotas."""
 
     bytes: int
-    """Of its uploaded files and artifacts, equal ones counted once, and of what is to be
-    imported."""
+    """Of its uploaded files and artifacts, equal ones counted once, and of each file that is
+    announced or to be imported."""
     deltas: int
     jobs: int
     """Unfinished ones."""
@@ -88,11 +88,12 @@ class TenantRepository:
         )
 
     def stored_bytes(self, tenant_id: str) -> int:
-        """Bytes of the tenant's uploaded files and artifacts, equal ones counted once, and of what
-        is to be imported.
+        """Bytes of the tenant's uploaded files and artifacts, equal ones counted once, and of each
+        file that is announced or to be imported.
         """
         stored = TotalsRepository(self.session, tenant_id).quota().bytes
-        return stored + UploadRepository(self.session, tenant_id).bytes_to_import()
+        uploads = UploadRepository(self.session, tenant_id)
+        return stored + uploads.bytes_to_arrive() + uploads.bytes_to_import()
 
     def delta_count(self, tenant_id: str) -> int:
         """How many deltas the tenant has."""

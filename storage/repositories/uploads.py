@@ -9,6 +9,7 @@ from sqlalchemy import (
     ColumnElement,
     and_,
     bindparam,
+    case,
     exists,
     func,
     literal,
@@ -29,6 +30,7 @@ from deltadock.storage.repositories.totals import TotalsRepository
 from deltadock.storage.tables import (
     AuditAction,
     BaseRow,
+    BlobUseRow,
     DeltaRow,
     UploadFileRow,
     UploadKind,
@@ -210,6 +212,29 @@ class UploadRepository:
             )
         )
         return sum(max(0, (every or 0) - int(done)) for every, done in pending)
+
+    def bytes_to_arrive(self) -> int:
+        """Bytes of announced files beyond what totals count: of each, as each may reserve its own.
+
+        The totals count equal blobs once, and so all of these files, or none if the tenant uses
+        the blob elsewhere.
+        """
+        waiting = (
+            select(UploadFileRow.sha256, UploadFileRow.size, func.count().label("files"))
+            .join(UploadRow, UploadRow.id == UploadFileRow.upload_id)
+            .where(self._unfinished(), UploadFileRow.stored.is_(False))
+            .group_by(UploadFileRow.sha256, UploadFileRow.size)
+            .subquery()
+        )
+        is_counted = case((BlobUseRow.uses == waiting.c.files, 1), else_=0)
+        total = func.sum(waiting.c.size * (waiting.c.files - is_counted))
+        use = and_(
+            BlobUseRow.tenant_id == owner_of(self.tenant),
+            BlobUseRow.digest == waiting.c.sha256,
+            BlobUseRow.size == waiting.c.size,
+        )
+        query = select(total).select_from(waiting).outerjoin(BlobUseRow, use)
+        return int(self.session.scalar(query) or 0)
 
     def stored_files(self, kind: UploadKind, digests: Collection[str]) -> dict[str, UploadFileRow]:
         """One of the tenant's stored files with each SHA-256, by it, of uploads of this kind.

@@ -67,6 +67,24 @@ def test_bytes_are_checked_when_announced_and_while_they_arrive(api: Api, tenant
     assert tenant.checkpoint(weights(7, rows=1000))
 
 
+def test_equal_announced_files_take_no_more_disk_than_the_quota(api: Api, tenant: Api) -> None:
+    limit(api, max_bytes=70 << 20)
+    file = {"size": 32 << 20, "sha256": "a" * 64}
+    paths = [f"model-{number}.safetensors" for number in (1, 2, 3)]
+
+    def announce(paths: list[str]) -> httpx.Response:
+        body = {"kind": "checkpoint", "files": [{"path": path, **file} for path in paths]}
+        return tenant.client.post("/v1/uploads", json=body)
+
+    refused(announce(paths), 403, "quota_exceeded")
+    upload = announce(paths[:2]).json()["id"]
+    refused(announce(paths[:1]), 403, "quota_exceeded")
+    for path in paths[:2]:
+        parts = tenant.client.get(f"/v1/uploads/{upload}/files/{path}/parts")
+        assert parts.status_code == 200, parts.text
+    assert tenant.client.get("/v1/tenants/acme").json()["usage"]["bytes"] == 64 << 20
+
+
 def test_deltas_and_jobs_at_once(api: Api, tenant: Api) -> None:
     limit(api, max_deltas=2, max_jobs=1)
     body = tenant.delta_body()

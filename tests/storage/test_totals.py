@@ -6,7 +6,12 @@ from sqlalchemy import delete
 
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.database import Database
-from deltadock.storage.repositories import DeltaRepository, TotalsRepository, UploadRepository
+from deltadock.storage.repositories import (
+    DeltaRepository,
+    TenantRepository,
+    TotalsRepository,
+    UploadRepository,
+)
 from deltadock.storage.tables import BlobUseRow, UploadFileRow, UploadKind
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests import seed
@@ -82,3 +87,27 @@ def test_quotas_count_equal_files_and_artifacts_of_a_tenant_once(
         assert totals.quota() == (1, 107), "what was added without being counted is not subtracted"
         totals.recount()
         assert totals.quota() == (1, 7)
+
+
+def test_quotas_count_each_announced_file_until_it_is_stored(database: Database) -> None:
+    def file(path: str, text: str, *, stored: bool) -> UploadFileRow:
+        digest = seed.digest_of(text)
+        return UploadFileRow(path=path, sha256=digest, size=100, stored=stored, tensors=[])
+
+    with database.session_scope() as session:
+        uploads = UploadRepository(session, LOCAL_TENANT)
+        tenants = TenantRepository(session)
+        waiting = [file(path, "one", stored=False) for path in "abc"]
+        first = uploads.add(UploadKind.CHECKPOINT, waiting)
+        second = uploads.add(UploadKind.CHECKPOINT, [file("a", "one", stored=False)])
+        assert tenants.stored_bytes(LOCAL_TENANT) == 400, "each may have its own place in the store"
+        uploads.put_file(first, file("a", "one", stored=True))
+        assert tenants.stored_bytes(LOCAL_TENANT) == 400
+        uploads.put_file(first, file("b", "one", stored=True))
+        assert tenants.stored_bytes(LOCAL_TENANT) == 300, "two are one blob"
+        uploads.put_file(first, file("c", "two", stored=True))
+        assert tenants.stored_bytes(LOCAL_TENANT) == 300
+        uploads.abort(second)
+        assert tenants.stored_bytes(LOCAL_TENANT) == 200
+        uploads.abort(first)
+        assert tenants.stored_bytes(LOCAL_TENANT) == 0
