@@ -7,13 +7,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote, urlencode
 
 from deltadock.artifacts.checkpoint import CHUNK_BYTES
 from deltadock.client.stopping import Stop
-from deltadock.errors import DeltadockError, InvalidInput, Unavailable, error_for
+from deltadock.errors import Conflict, DeltadockError, InvalidInput, Unavailable, error_for
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ class Uploader:
     def upload(self, kind: str, names: Iterable[str], delta: str | None = None) -> JsonObject:
         """Upload files as one upload, for the delta of this name; returns it, complete.
 
-        An earlier upload of the same files that is still open is continued.
+        An earlier upload of the same files that is still open is continued, also one to which
+        another process sends them: what it has completed by then is not sent again.
 
         Raises:
             QuotaExceeded, RateLimited, Conflict: the server would refuse the delta.
@@ -64,8 +66,7 @@ class Uploader:
             files = list(pool.map(self._describe, names))
             upload = self._open_upload(kind, files, delta)
             try:
-                self._send(pool, upload)
-                return self._complete(upload["id"])
+                return self._finish(pool, upload)
             except InvalidInput:
                 with suppress(DeltadockError):
                     self._request("DELETE", f"/v1/uploads/{upload['id']}")
@@ -89,6 +90,25 @@ class Uploader:
         if delta is not None:
             body["delta"] = delta
         return self._request("POST", "/v1/uploads", json=body)
+
+    def _finish(self, pool: ThreadPoolExecutor, upload: JsonObject) -> JsonObject:
+        """Send what is missing and complete the upload, unless another process is faster.
+
+        A part that another process sends once more is missing until it has arrived.
+        """
+        url = f"/v1/uploads/{upload['id']}"
+        for attempt in count(1):
+            try:
+                if upload["state"] == "open":
+                    self._send(pool, upload)
+                    upload = self._request("POST", f"{url}/complete")
+                return self._completed(url, upload)
+            except Conflict:
+                self._stop.sleep(_pause(attempt))
+                upload = self._request("GET", url)
+                if attempt == ATTEMPTS or upload["state"] == "dropped":
+                    raise
+        raise AssertionError
 
     def _send(self, pool: ThreadPoolExecutor, upload: JsonObject) -> None:
         """Send every file that is not stored."""
@@ -152,24 +172,20 @@ class Uploader:
                 size -= len(chunk)
                 yield chunk
 
-    def _complete(self, upload: str) -> JsonObject:
-        state = self._request("POST", f"/v1/uploads/{upload}/complete")
+    def _completed(self, url: str, state: JsonObject) -> JsonObject:
         said = None
         while state["state"] == "completing":
             if (error := state["error"]) is not None and error["message"] != said:
                 said = error["message"]
                 log.warning("The server checks the files again later: %s", said)
             self._stop.sleep(POLL_SECONDS)
-            state = self._request("GET", f"/v1/uploads/{upload}")
+            state = self._request("GET", url)
         if state["error"] is not None:
             raise error_for(state["error"]["code"], state["error"]["message"])
         return state
 
     def _repeat(self, step: Callable[[], bool]) -> None:
-        """Repeat `step` until it is True, and after it raised Unavailable up to `ATTEMPTS` times.
-
-        The pauses grow exponentially, with jitter.
-        """
+        """Repeat `step` until it is True, after Unavailable up to `ATTEMPTS` times."""
         failures = 0
         while True:
             try:
@@ -180,4 +196,9 @@ class Uploader:
                 failures += 1
                 if failures == ATTEMPTS:
                     raise
-                self._stop.sleep(random.uniform(0, 2**failures / 2))
+                self._stop.sleep(_pause(failures))
+
+
+def _pause(failures: int) -> float:
+    """Seconds to wait after so many failures in a row: exponential, with jitter."""
+    return random.uniform(0, 2**failures / 2)

@@ -1,6 +1,9 @@
 """The client's uploads: only what is missing is sent, and what broke off is resumed."""
 
+import threading
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from deltadock.errors import HashMismatch, MalformedSafetensors, StorageFull, Un
 from deltadock.storage.blobs import parts
 from tests.api.support import CONFIG, TEXT, Api, sha256, weights
 from tests.storage.faulty_proxy import Fault, FaultyProxy, faulty_proxy
+from tests.waiting import wait_until
 
 PART = 1 << 20
 KEPT = ("config.json", "model.safetensors", "tokenizer.json")
@@ -112,6 +116,47 @@ def test_an_upload_that_was_interrupted_is_continued(
     proxy.faults = []
     client.upload_folder(folder)
     assert sent(proxy) == ["model.safetensors/parts/3"]
+    assert len(api.client.get("/v1/uploads").json()["data"]) == 1
+
+
+def test_a_part_that_another_process_sends_once_more_is_waited_for(
+    api: Api, client: Client, folder: Path
+) -> None:
+    data = (folder / "model.safetensors").read_bytes()[PART : 2 * PART]
+    others: list[threading.Thread] = []
+
+    def send_again(name: str, done: int, size: int) -> None:
+        if name == "model.safetensors" and done == size and not others:
+            (upload,) = api.client.get("/v1/uploads").json()["data"]
+            url = f"/v1/uploads/{upload['id']}/files/{name}/parts"
+
+            def slowly() -> Iterator[bytes]:
+                yield data[: PART // 2]
+                time.sleep(0.5)
+                yield data[PART // 2 :]
+
+            length = {"Content-Length": str(PART)}
+            put = partial(api.client.put, f"{url}/2", content=slowly(), headers=length)
+            others.append(threading.Thread(target=put))
+            others[0].start()
+            wait_until(lambda: 2 not in api.client.get(url).json()["arrived"])
+
+    assert client.upload_folder(folder, send_again).total_bytes > 3 * PART
+    others[0].join()
+    assert [upload["state"] for upload in api.client.get("/v1/uploads").json()["data"]] == [
+        "complete"
+    ]
+
+
+def test_an_upload_that_another_process_completes_meanwhile_is_taken(
+    api: Api, client: Client, proxy: FaultyProxy, folder: Path
+) -> None:
+    def complete(name: str, done: int, size: int) -> None:
+        if (name, done) == ("model.safetensors", 0):
+            with Client(str(api.client.base_url), api.key) as other:
+                other.upload_folder(folder)
+
+    assert client.upload_folder(folder, complete).total_bytes > 3 * PART
     assert len(api.client.get("/v1/uploads").json()["data"]) == 1
 
 
