@@ -43,6 +43,7 @@ def compress(
     progress: Callable[[Progress], None] | None = None,
     store: BlockStore | None = None,
     device: str = "cpu",
+    base_name: str = "",
 ) -> Report:
     """Compress `finetuned` against `base` into the delta file `out`.
 
@@ -54,6 +55,7 @@ def compress(
         progress: called at every step; whatever it raises (`Cancelled`) ends the compression.
         store: keeps encoded blocks for a later run with the same inputs.
         device: torch device.
+        base_name: what the base is called, as of `import_adapter`.
 
     Raises:
         InvalidInput: a subclass names what is wrong with the input and what to do.
@@ -73,6 +75,7 @@ def compress(
                 calibration=sources,
                 progress=reporter,
                 device=device,
+                base_name=base_name,
             )
         else:
             measured = goal is not None and goal.is_bound

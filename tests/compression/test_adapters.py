@@ -424,3 +424,44 @@ def test_a_backtracking_pattern_is_rejected_quickly(
     adapter = make_adapter(factors(64, 64), rank_pattern={r"(.|.)*(.|.)*\d": 4})
     with pytest.raises(InvalidAdapter, match="intricate"):
         encode_adapter(CheckpointReader(base), adapter)
+
+
+@pytest.mark.parametrize(
+    ("named", "given", "told"),
+    [
+        ("Qwen/Qwen2.5-0.5B", "qwen2.5-0.5b", False),
+        ("Qwen/Qwen2.5-0.5B", "qwen2.5-0.5b-instruct", True),
+        ("/home/me/models/my-base/", "my-base", False),
+        ("C:\\models\\my-base", "my-base", False),
+        ("/home/me/models/my-base", "", True),  # the folder's name counts
+        (None, "other", False),
+        ("", "other", False),
+    ],
+)
+def test_a_base_of_another_name_is_asked_about(
+    base: Path, make_adapter: MakeAdapter, tmp_path: Path, named: str, given: str, told: bool
+) -> None:
+    adapter = make_adapter(factors(64, 64), base_model_name_or_path=named)
+    amount = CalibrationOptions(tokens=256, length=32)
+    report = import_adapter(
+        base, adapter, tmp_path / "a.delta", CompressOptions("lora", calibration=amount),
+        calibration=[], progress=ProgressReporter(), base_name=given,
+    )  # fmt: skip
+    asked = [note for note in report.notes if "the base that the adapter was trained on" in note]
+    assert len(asked) == told
+    assert not told or (repr(named) in asked[0] and repr(given or base.name) in asked[0])
+
+
+def test_the_hubs_cache_has_the_bases_name(
+    base: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    cached = tmp_path / "models--Qwen--Qwen2.5-0.5B" / "snapshots" / "060db6499f32faf8b98477b0a264"
+    shutil.copytree(base, cached)
+    for named, told in (("Qwen/Qwen2.5-0.5B", 0), ("Qwen/Qwen2.5-1.5B", 1)):
+        adapter = make_adapter(factors(64, 64), base_model_name_or_path=named)
+        amount = CalibrationOptions(tokens=256, length=32)
+        report = import_adapter(
+            cached, adapter, tmp_path / "a.delta", CompressOptions("lora", calibration=amount),
+            calibration=[], progress=ProgressReporter(),
+        )  # fmt: skip
+        assert sum("the adapter was trained on" in note for note in report.notes) == told

@@ -63,6 +63,7 @@ class LoraConfig:
 
     Attributes:
         target_parameters: ends of the names of parameters that have factors of their own.
+        base: what the base was loaded from, a folder or a name on the Hub; "": not said.
     """
 
     rank: int
@@ -72,6 +73,7 @@ class LoraConfig:
     ranks: _Patterns
     alphas: _Patterns
     target_parameters: tuple[str, ...]
+    base: str
 
     def targets(self, parameter: str) -> bool:
         """Whether a parameter, by its full name, is one of `target_parameters`."""
@@ -121,6 +123,7 @@ def read_config(folder: Path) -> LoraConfig:
                 {k: _finite(v) for k, v in (config.get("alpha_pattern") or {}).items()}
             ),
             target_parameters=_names(config.get("target_parameters") or []),
+            base=str(config.get("base_model_name_or_path") or ""),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidAdapter(

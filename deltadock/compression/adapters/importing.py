@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from deltadock.artifacts.encodings import (
 from deltadock.artifacts.names import is_head
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.writer import write_artifact
+from deltadock.compression.adapters.config import read_config
 from deltadock.compression.adapters.encoding import adapter_digest, encode_adapter
 from deltadock.compression.assembly import CarriedFiles, build_manifest, read_carried
 from deltadock.compression.calibration.windows import (
@@ -55,6 +57,7 @@ def import_adapter(
     calibration: Sequence[Source],
     progress: ProgressReporter,
     device: str = "cpu",
+    base_name: str = "",
 ) -> Report:
     """Write a PEFT adapter as a delta file, with the tokenizer files that were saved with it.
 
@@ -70,6 +73,8 @@ def import_adapter(
             text sampled from the base with the adapter.
         progress: reports every step.
         device: torch device.
+        base_name: what the base is called, by default as its folder is; where the adapter names
+            another, the report asks if it is the adapter's.
 
     Raises:
         InvalidInput: a subclass names what cannot be imported.
@@ -91,7 +96,10 @@ def import_adapter(
             TensorReport(name, one.record["kind"], list(one.record["shape"]), one.nbytes)
             for name, one in encoded.items()
         ],
-        notes=ignored_files(adapter, folder_files(adapter, adapter=True)),
+        notes=[
+            *_other_base(read_config(adapter).base, base_name or _called(base.resolve())),
+            *ignored_files(adapter, folder_files(adapter, adapter=True)),
+        ],
     )
     progress.expect(comparing(MEASURED_TOKENS) if calibration else measuring(MEASURED_TOKENS))
     with Artifact(out) as artifact:
@@ -127,6 +135,26 @@ def import_adapter(
             report.notes += notes
             report.set_quality(quality, measured_on)
     return report
+
+
+def _called(base: Path) -> str:
+    """The name of a base's folder; of one in the Hub's cache, the model's."""
+    cached = base.parent.name == "snapshots"
+    return base.parents[1].name.rpartition("--")[2] if cached else base.name
+
+
+def _other_base(named: str, given: str) -> list[str]:
+    """A note if the base that an adapter names is called otherwise than the given one.
+
+    Names are all that can be compared: the factors fit every model of the same shapes.
+    """
+    last = re.split(r"[/\\]", named.rstrip("/\\"))[-1]
+    if not last or last.casefold() == given.casefold():
+        return []
+    return [
+        f"Is {given!r} the base that the adapter was trained on? Its {ADAPTER_CONFIG} names "
+        f"{named!r:.120}."
+    ]
 
 
 def evaluate_adapter(
