@@ -35,6 +35,9 @@ KEEPALIVE: Final = (
 
 COMPARISONS: Final = 2
 """Of checkpoints, at once."""
+SILENT_SECONDS: Final = 20.0
+"""Of a Postgres until a request is told that it does not answer; a request's statements take less,
+and wait for others' less."""
 PROBES: Final = 2
 """Of one part, at once, whether it answers."""
 
@@ -67,7 +70,7 @@ class Resources:
     @classmethod
     def of(cls, settings: Settings) -> Self:
         """The resources that the settings select."""
-        database = Database(settings.sqlalchemy_url)
+        database = Database(settings.sqlalchemy_url, SILENT_SECONDS)
         blobs = make_blob_store(settings)
         return cls(
             settings=settings,

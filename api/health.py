@@ -13,13 +13,14 @@ from sqlalchemy import text
 
 from deltadock.api.dependencies import Resources, ResourcesDep
 from deltadock.api.routing import api_router
-from deltadock.errors import DeltadockError
+from deltadock.errors import DeltadockError, StorageFull
 
 log = structlog.get_logger(__name__)
 router = api_router(tags=["health"])
 
 OK = "ok"
 DOWN = "unavailable"
+FULL = "full"
 CHECK_SECONDS: Final = 5.0
 """A part that takes longer, such as a store that keeps a connection and does not answer, is down.
 Probes give up soon after."""
@@ -51,7 +52,7 @@ async def health() -> Health:
     "/readyz", responses={503: {"model": Readiness, "description": "A required part is down"}}
 )
 async def readiness(resources: ResourcesDep, response: Response) -> Readiness:
-    """Readiness: the database, the broker and the blob store answer."""
+    """Readiness: database, broker and blob store answer, and the database's disk has room."""
     parts: dict[str, Callable[[], object]] = {
         "database": partial(_ask_database, resources),
         "broker": resources.tasks.ping,
@@ -67,6 +68,7 @@ async def readiness(resources: ResourcesDep, response: Response) -> Readiness:
                 )
                 checks[name] = OK
             except DeltadockError as error:
+                checks[name] = FULL if isinstance(error, StorageFull) else DOWN
                 log.warning("not_ready", part=name, error=str(error.__cause__ or error))
         if scope.cancelled_caught:
             log.warning("not_ready", part=name, error=f"No answer within {CHECK_SECONDS:g} s.")
@@ -81,6 +83,7 @@ async def readiness(resources: ResourcesDep, response: Response) -> Readiness:
 
 
 def _ask_database(resources: Resources) -> None:
+    resources.database.check_room()
     with resources.database.read_scope() as session:
         session.execute(text("SELECT 1"))
 

@@ -5,6 +5,8 @@ the block ends; repositories never commit.
 """
 
 import hashlib
+import math
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -48,17 +50,31 @@ READ_ONLY: Final = "deltadock_read_only"
 """Execution option of read-only connections."""
 FULL: Final = frozenset({"SQLITE_FULL", "53100"})
 """SQLite's name and Postgres's code of a full disk."""
+DISK_FULL: Final = "The database's disk is full. Free space there, then try again."
+FULL_SECONDS: Final = 30.0
+"""After a write that found the disk full, nodes' heartbeats at the latest would have found room."""
 READ_ONLY_FILE: Final = ("SQLITE_READONLY", "SQLITE_CANTOPEN")
 
 
 class Database:
     """One process's connection pool; connects lazily."""
 
-    def __init__(self, url: str) -> None:
-        self.engine = make_engine(url)
+    def __init__(self, url: str, silent_seconds: float | None = None) -> None:
+        """Args: as of `make_engine`."""
+        self.engine = make_engine(url, silent_seconds)
+        self._full_at = -math.inf
         self._reading = self.engine.execution_options(
             **{READ_ONLY: True, "postgresql_readonly": True}
         )
+
+    def check_room(self) -> None:
+        """Check that none of this process's writes has found the disk full a moment ago.
+
+        Raises:
+            StorageFull: one has.
+        """
+        if time.monotonic() - self._full_at < FULL_SECONDS:
+            raise StorageFull(DISK_FULL)
 
     @property
     def is_file(self) -> bool:
@@ -73,7 +89,7 @@ class Database:
             Unavailable: the database does not answer.
             InvalidInput: the database cannot store a value, such as a NUL character.
         """
-        with _domain_errors(), Session(self.engine, expire_on_commit=False) as session:
+        with self._domain_errors(), Session(self.engine, expire_on_commit=False) as session:
             yield session
             session.commit()
 
@@ -85,7 +101,7 @@ class Database:
             Unavailable: the database does not answer.
             InvalidInput: the database cannot compare with a value, such as a NUL character.
         """
-        with _domain_errors(), Session(self._reading, expire_on_commit=False) as session:
+        with self._domain_errors(), Session(self._reading, expire_on_commit=False) as session:
             yield session
 
     @contextmanager
@@ -98,12 +114,38 @@ class Database:
         engine = self._reading
         if engine.dialect.name == "postgresql":
             engine = engine.execution_options(isolation_level="REPEATABLE READ")
-        with _domain_errors(), engine.connect() as connection:
+        with self._domain_errors(), engine.connect() as connection:
             yield connection
 
     def dispose(self) -> None:
         """Close every pooled connection."""
         self.engine.dispose()
+
+    @contextmanager
+    def _domain_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OperationalError as error:
+            names = (getattr(error.orig, name, None) for name in ("sqlite_errorname", "sqlstate"))
+            reason: str = next(filter(None, names), "")
+            if reason in FULL:
+                self._full_at = time.monotonic()
+                raise StorageFull(DISK_FULL) from error
+            if reason.startswith(READ_ONLY_FILE):
+                raise Unavailable(
+                    "The database's file cannot be written: it or its folder is read-only, or "
+                    "belongs to another user. Check its mount and its permissions, then try again."
+                ) from error
+            raise Unavailable("The database does not answer; try again shortly.") from error
+        except PoolTimeoutError as error:
+            raise Unavailable(
+                "All of this process's connections to the database are in use; try again shortly."
+            ) from error
+        except DataError as error:
+            raise InvalidInput(
+                "The database cannot store or compare one of the values: it may contain a NUL "
+                "character or a number that is out of range."
+            ) from error
 
 
 def database_now(session: Session) -> datetime:
@@ -151,17 +193,28 @@ def unindexed(column: InstrumentedAttribute[Any]) -> ColumnElement[str]:
     return column.concat("")
 
 
-def make_engine(url: str) -> Engine:
-    """An engine for a SQLite or Postgres URL; `postgresql://` selects psycopg 3."""
+def make_engine(url: str, silent_seconds: float | None = None) -> Engine:
+    """An engine for a SQLite or Postgres URL; `postgresql://` selects psycopg 3.
+
+    Args:
+        url: of the database.
+        silent_seconds: a Postgres that sends nothing for so long is given up, as one that is
+            frozen; None: statements may take any time.
+    """
     target = normalise_url(url)
     if target.get_backend_name() != "sqlite":
-        return create_engine(
+        engine = create_engine(
             target,
             pool_size=20,
             max_overflow=20,
             pool_pre_ping=True,
             connect_args={"connect_timeout": 5, **VANISHED},
         )
+        if silent_seconds is not None:
+            from deltadock.storage.silence import give_up_silent
+
+            give_up_silent(engine, silent_seconds)
+        return engine
     # As many connections as threads: those that wait for the write lock keep theirs.
     engine = create_engine(
         target,
@@ -234,34 +287,6 @@ def alembic_config(engine: Engine) -> "Config":
     config.set_main_option("script_location", str(files("deltadock.migrations")).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     return config
-
-
-@contextmanager
-def _domain_errors() -> Iterator[None]:
-    try:
-        yield
-    except OperationalError as error:
-        cause = error.orig
-        reason = getattr(cause, "sqlite_errorname", None) or getattr(cause, "sqlstate", None) or ""
-        if reason in FULL:
-            raise StorageFull(
-                "The database's disk is full. Free space there, then try again."
-            ) from error
-        if reason.startswith(READ_ONLY_FILE):
-            raise Unavailable(
-                "The database's file cannot be written: it or its folder is read-only, or belongs "
-                "to another user. Check its mount and its permissions, then try again."
-            ) from error
-        raise Unavailable("The database does not answer; try again shortly.") from error
-    except PoolTimeoutError as error:
-        raise Unavailable(
-            "All of this process's connections to the database are in use; try again shortly."
-        ) from error
-    except DataError as error:
-        raise InvalidInput(
-            "The database cannot store or compare one of the values: it may contain a NUL "
-            "character or a number that is out of range."
-        ) from error
 
 
 def _configure_sqlite(connection: Any, _record: object) -> None:

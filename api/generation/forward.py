@@ -19,7 +19,7 @@ from deltadock.api.access.caller import get_caller
 from deltadock.api.dependencies import Resources
 from deltadock.api.fleet import Fleet, NodeView, serves
 from deltadock.api.generation.metering import Meter
-from deltadock.errors import DeltadockError, InvalidInput, Unauthorized, Unavailable
+from deltadock.errors import DeltadockError, InvalidInput, StorageFull, Unauthorized, Unavailable
 from deltadock.model_target import TENANT_HEADER, ModelTarget
 from deltadock.openai.errors import ErrorBody
 from deltadock.openai.fields import GENERATION_HEADER
@@ -206,11 +206,17 @@ async def ask_nodes(
             return busy
     if lost:
         raise Unavailable("The inference node does not respond; try again shortly.")
-    raise await _nobody_serves(resources.fleet, target)
+    raise await _nobody_serves(resources, target)
 
 
-async def _nobody_serves(fleet: Fleet, target: ModelTarget) -> Unavailable:
-    draining = [node.id for node in await fleet.nodes() if node.draining and serves(node, target)]
+async def _nobody_serves(resources: Resources, target: ModelTarget) -> Unavailable:
+    try:
+        resources.database.check_room()
+    except StorageFull as error:  # so that nodes' heartbeats are lost
+        return Unavailable(f"No inference node can register. {error.message}")
+    draining = [
+        node.id for node in await resources.fleet.nodes() if node.draining and serves(node, target)
+    ]
     if draining:
         return Unavailable(
             f"No inference node accepts requests for the base {target.shown_base}: {draining[0]} "

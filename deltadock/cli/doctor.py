@@ -94,6 +94,9 @@ def _home(home: Path) -> Iterator[Finding]:
         yield Finding("key file", "problem", f"others can read {key}; chmod 600 {key}")
 
 
+_STATES: Final = {"ok": "ok", "full": "its disk is full"}
+
+
 def _server(url: str | None) -> Iterator[Finding]:
     import httpx
 
@@ -122,7 +125,7 @@ def _server(url: str | None) -> Iterator[Finding]:
     for part, state in checks.items():
         if part != "node":
             ok = state == "ok"
-            text = "ok" if ok else "does not answer; see the api's log"
+            text = _STATES.get(state, "does not answer; see the api's log")
             yield Finding(part, "ok" if ok else "problem", text)
     try:
         with connect(url) as client:

@@ -252,6 +252,20 @@ def test_a_draining_node_that_could_serve_is_named(api: Api, node_url: str) -> N
         assert "deltadock resume node_a" in message
 
 
+def test_a_full_disk_is_named_in_place_of_the_nodes_whose_heartbeats_it_loses(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api.base()
+    monkeypatch.setattr(api.resources.database, "_full_at", time.monotonic())
+    answer = api.client.post("/v1/completions", json=ASK)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+    assert "The database's disk is full. Free space there" in answer.json()["error"]["message"]
+    answer = api.client.get("/readyz")
+    assert (answer.status_code, answer.json()["checks"]["database"]) == (503, "full")
+    monkeypatch.undo()
+    assert api.client.get("/readyz").status_code == 200
+
+
 def test_a_dead_node_is_skipped_and_deregistered(
     api: Api, node: StandInNode, node_url: str
 ) -> None:

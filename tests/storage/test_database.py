@@ -1,8 +1,10 @@
 """Session scopes, on both databases."""
 
 import os
+import signal
 import socket
 import threading
+import time
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -90,8 +92,11 @@ def test_a_full_or_read_only_disk_is_named(tmp_path: Path) -> None:
             for _ in range(200):
                 UploadRepository(session, LOCAL_TENANT).add(UploadKind.CHECKPOINT)
 
+    database.check_room()
     with pytest.raises(StorageFull, match="Free space"):
         fill()
+    with pytest.raises(StorageFull, match="Free space"):
+        database.check_room()
     database.dispose()
     reader = Database(f"sqlite:///file:{tmp_path / 'deltadock.db'}?mode=ro&uri=true")
     with pytest.raises(Unavailable, match="read-only"), reader.session_scope() as session:
@@ -156,6 +161,25 @@ def test_a_database_whose_machine_vanished_is_noticed_soon(postgres_url: str) ->
             ]
     database.dispose()
     assert options == [1, 30_000, 15]
+
+
+def test_a_frozen_postgres_is_given_up(postgres_url: str) -> None:
+    database = Database(postgres_url, silent_seconds=1.0)
+    with database.read_scope() as session:
+        session.execute(text("SELECT pg_sleep(0.5)"))
+        frozen = session.execute(text("SELECT pg_backend_pid()")).scalar_one()
+    os.kill(frozen, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        # The pool finds out when it hands the connection out, and makes another one.
+        with database.read_scope() as session:
+            assert session.execute(text("SELECT pg_backend_pid()")).scalar_one() != frozen
+        assert 1.0 < time.monotonic() - began < 5.0
+    finally:
+        os.kill(frozen, signal.SIGCONT)
+    with pytest.raises(Unavailable, match="does not answer"), database.read_scope() as session:
+        session.execute(text("SELECT pg_sleep(9)"))
+    database.dispose()
 
 
 def test_migrate_returns_the_revision(tmp_path: Path) -> None:
