@@ -6,7 +6,6 @@ Finished blocks are saved, so that another worker can resume an interrupted job;
 bytes are the same as without the interruption.
 """
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from deltadock.storage.repositories.blobs import BlobRepository
 from deltadock.storage.repositories.jobs import JobProgress
 from deltadock.storage.tables import DeltaRow, JobRow, JobState
 from deltadock.storage.tenancy import EVERY_TENANT
+from deltadock.workers.files import AttemptFiles
 from deltadock.workers.lease import Lease, LeaseLostError, WorkerStoppingError
 from deltadock.workers.metrics import ERRORS, JOBS, RUNNING, StageClock
 
@@ -103,8 +103,11 @@ def compress_job(job_id: str, context: WorkerContext) -> Outcome:
             outcome = _run_and_record(job, lease, context)
         JOBS.labels(outcome.name.lower()).inc()
         log.info("job_left", outcome=outcome.name.lower())
-        if outcome in {Outcome.FINISHED, Outcome.READY}:
-            shutil.rmtree(job_folder(context.settings, job_id), ignore_errors=True)
+        files = AttemptFiles(context.settings, job_id, owner)
+        if outcome in {Outcome.STOPPED, Outcome.LATER}:
+            files.leave()
+        else:
+            files.drop()
         if outcome is Outcome.READY:
             _drop_blocks(job_id, context)
     return outcome
@@ -180,7 +183,7 @@ def _run(job: JobRow, lease: Lease, clock: StageClock, context: WorkerContext) -
         LeaseLostError, WorkerStoppingError: this worker must not finish the job.
     """
     delta, settings, blobs = job.delta, context.settings, context.blobs
-    folder = job_folder(settings, job.id)
+    folder = AttemptFiles(settings, job.id, lease.owner).enter()
     progress = _reporter(lease, clock)
     progress(Progress("reading", 0, 0, 0.0, 0.0, "fetching the checkpoints"))
     limit = settings.checkpoint_cache_bytes
@@ -188,10 +191,9 @@ def _run(job: JobRow, lease: Lease, clock: StageClock, context: WorkerContext) -
         base,
         base_manifest,
     ):
-        # In the job's folder, since it is needed only once; bases are cached for later jobs.
+        # In the attempt's folder, since it is needed only once; bases are cached for later jobs.
         finetuned, _ = FileCache(blobs, folder).checkpoint(delta.checkpoint_digest)
-        # Per owner: a worker that has not noticed the loss of its lease may still be writing.
-        artifact = folder / f"{lease.owner}.safetensors"
+        artifact = folder / "delta.safetensors"
         report = compress(
             base,
             finetuned,
@@ -206,11 +208,6 @@ def _run(job: JobRow, lease: Lease, clock: StageClock, context: WorkerContext) -
     if report["base_digest"] != base_manifest.weights_digest:
         raise DamagedBlob("The base's files on this worker differ from the uploaded ones.")
     lease.complete(blobs, blobs.put_file(artifact), artifact.stat().st_size, report)
-
-
-def job_folder(settings: Settings, job_id: str) -> Path:
-    """The folder of one job's files on this worker."""
-    return settings.cache_folder / "jobs" / job_id
 
 
 def _options(delta: DeltaRow) -> CompressOptions:
@@ -229,7 +226,7 @@ def _options(delta: DeltaRow) -> CompressOptions:
 
 
 def _calibration(delta: DeltaRow, context: WorkerContext, folder: Path) -> list[Source]:
-    """The calibration sources, with their texts fetched into the job's folder."""
+    """The calibration sources, with their texts fetched into `folder`."""
     requested = delta.options["calibration"]
     return [
         Source(

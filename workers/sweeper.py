@@ -3,7 +3,6 @@
 Every worker runs a sweeper; all steps are idempotent, so they may overlap.
 """
 
-import shutil
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -24,7 +23,8 @@ from deltadock.storage.repositories import (
 from deltadock.storage.repositories.uploads import UNFINISHED
 from deltadock.storage.tables import JobPriority
 from deltadock.storage.tenancy import EVERY_TENANT
-from deltadock.workers.compress import WorkerContext, job_folder
+from deltadock.workers.compress import WorkerContext
+from deltadock.workers.files import drop_unneeded
 from deltadock.workers.metrics import COLLECTED
 
 QUEUED_SECONDS: Final = 120.0
@@ -45,22 +45,24 @@ def resend_lost(
 ) -> list[str]:
     """Re-send the tasks of jobs that a worker has lost, then of other stale jobs.
 
-    A lost job is sent once, before all that wait. The others only while the queue is empty:
-    otherwise their messages may still be waiting in it, and every sweep would enqueue them again.
+    A lost job is sent once, before all that wait. The others only if the queue is empty or has let
+    tasks pass that were behind theirs: otherwise their messages may still be waiting in it, and
+    every sweep would enqueue them again.
 
     Returns:
         The jobs' ids.
     """
-    with context.database.session_scope() as session:
+    with context.database.read_scope() as session:
         jobs = JobRepository(session, EVERY_TENANT)
-        sent: dict[str, JobPriority | None] = dict.fromkeys(jobs.lost())
-        if queue_is_empty():
-            for job in jobs.stale(queued_seconds=queued_seconds):
-                sent.setdefault(job.id, None if job.started_at else job.priority)
-        jobs.mark_sent(sent)
-    for job_id, priority in sent.items():
+        lost: dict[str, JobPriority | None] = dict.fromkeys(jobs.lost())
+        for job in jobs.stale(queued_seconds=queued_seconds, overtaken=not queue_is_empty()):
+            lost.setdefault(job.id, None if job.started_at else job.priority)
+    for job_id, priority in lost.items():
         send(job_id, priority)
-    return list(sent)
+        # A task that is sent twice, as the worker dies here, does nothing the second time.
+        with context.database.session_scope() as session:
+            JobRepository(session, EVERY_TENANT).mark_sent(job_id)
+    return list(lost)
 
 
 def drop_abandoned(context: WorkerContext) -> int:
@@ -84,15 +86,17 @@ def drop_abandoned(context: WorkerContext) -> int:
 
 
 def drop_job_folders(context: WorkerContext) -> int:
-    """Remove this machine's files of ended jobs; returns the number of jobs."""
-    dropped = 0
-    for folder in job_folder(context.settings, "").glob("job_*"):
+    """Remove this machine's files of ended jobs and lost attempts; returns how many folders."""
+
+    def needed(job_id: str, owner: str | None) -> bool:
         with context.database.read_scope() as session:
-            job = JobRepository(session, EVERY_TENANT).find(folder.name)
+            job = JobRepository(session, EVERY_TENANT).find(job_id)
         if job is None or job.state.is_final:
-            shutil.rmtree(folder, ignore_errors=True)
-            dropped += 1
-    return dropped
+            return False
+        # An owner that has lost the lease never gets it back.
+        return owner is None or owner == job.lease_owner
+
+    return drop_unneeded(context.settings, needed)
 
 
 def show_alive(settings: Settings) -> None:

@@ -7,7 +7,7 @@ address: a name cannot be made to point to another address in between. Redirects
 import ipaddress
 import socket
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import Final, NamedTuple
@@ -38,6 +38,10 @@ POLL_SECONDS: Final = 2.0
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
 """IPv6 addresses that stand for IPv4 ones; so do `ipv4_mapped`, 6to4 and Teredo."""
+SPECIAL: Final = tuple(
+    map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20", "fec0::/10"))
+)
+"""Special-purpose networks of which `is_global` takes all or a part for public ones."""
 
 log = structlog.get_logger(__name__)
 
@@ -78,7 +82,8 @@ class _Outbox:
                 # on its way tells that nothing is due.
                 idle = not self._sending
                 if self._sending.total() < MAX_SENDING:
-                    delivery = await to_thread.run_sync(self._claim)
+                    busy = [one for one, sent in self._sending.items() if sent >= MAX_OF_TENANT]
+                    delivery = await to_thread.run_sync(self._claim, busy)
                 if delivery is not None:
                     tried += 1
                     self._sending[delivery.webhook.tenant_id] += 1
@@ -90,8 +95,7 @@ class _Outbox:
                         await self._ended.wait()
         return tried
 
-    def _claim(self) -> DeliveryRow | None:
-        busy = [tenant for tenant, count in self._sending.items() if count >= MAX_OF_TENANT]
+    def _claim(self, busy: Collection[str]) -> DeliveryRow | None:
         with self._context.database.session_scope() as session:
             return WebhookRepository(session, EVERY_TENANT).claim_due(busy=busy)
 
@@ -203,4 +207,6 @@ def is_public(address: Address) -> bool:
             return False
         if address.ipv4_mapped is not None:
             address = address.ipv4_mapped
+    if any(address in network for network in SPECIAL):
+        return False
     return address.is_global and not address.is_multicast and not address.is_reserved

@@ -7,6 +7,7 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy import (
     and_,
     delete,
+    false,
     func,
     insert,
     or_,
@@ -380,22 +381,54 @@ class JobRepository:
             self.write_log(job_id, "Cancelled on request.")
         return self.find(job_id)
 
-    def stale(self, *, queued_seconds: float = 120.0, limit: int = 100) -> Sequence[JobRow]:
+    def stale(
+        self, *, queued_seconds: float = 120.0, overtaken: bool = False, limit: int = 100
+    ) -> Sequence[JobRow]:
         """Jobs whose task may be lost, oldest first, for the sweeper to re-send.
 
         Jobs whose lease expired, and jobs that no worker took within `queued_seconds` of their
         task being sent (after a crash or broker failure between commit and send).
+
+        Args:
+            queued_seconds: see above.
+            overtaken: only those whose task is surely lost, as workers have taken tasks that were
+                behind it in the queue.
+            limit: jobs at most.
         """
         now = database_now(self.session)
-        waiting = and_(
-            JobRow.lease_owner.is_(None), JobRow.sent_at <= now - timedelta(seconds=queued_seconds)
-        )
+        before = now - timedelta(seconds=queued_seconds)
+        waiting = and_(JobRow.lease_owner.is_(None), JobRow.sent_at <= before)
+        stale = or_(waiting, JobRow.lease_expires_at <= now)
+        if overtaken:
+            stale = and_(stale, JobRow.sent_at <= before, self._overtaken(before))
         return self.session.scalars(
             select(JobRow)
-            .where(JobRow.state.in_(RUNNING_ORDER), or_(waiting, JobRow.lease_expires_at <= now))
+            .where(JobRow.state.in_(RUNNING_ORDER), stale)
             .order_by(JobRow.created_at)
             .limit(limit)
         ).all()
+
+    def _overtaken(self, before: datetime) -> ColumnElement[bool]:
+        """Jobs whose task was sent before one that a worker took, and had its priority or more."""
+        oldest = self.session.scalar(
+            select(func.min(JobRow.sent_at)).where(
+                JobRow.state.in_(RUNNING_ORDER), JobRow.sent_at <= before
+            )
+        )
+        if oldest is None:
+            return false()
+        taken = self.session.execute(
+            select(JobRow.priority, func.max(JobRow.sent_at), func.max(JobRow.started_at))
+            .where(JobRow.sent_at > oldest, JobRow.started_at >= JobRow.sent_at)
+            .group_by(JobRow.priority)
+        ).all()
+        new, begun = JobRow.started_at.is_(None), JobRow.started_at.is_not(None)
+        return or_(
+            false(),
+            *(and_(new, JobRow.priority == one, JobRow.sent_at < sent) for one, sent, _ in taken),
+            # Tasks of jobs that were begun come before all others; a release sends one, too.
+            *(and_(begun, JobRow.sent_at < at, JobRow.updated_at < at) for *_, at in taken),
+        )
 
     def lost(self) -> Sequence[str]:
         """Ids of the jobs whose lease expired since their task was sent last, oldest first."""
@@ -410,9 +443,9 @@ class JobRepository:
             .order_by(JobRow.created_at)
         ).all()
 
-    def mark_sent(self, job_ids: Iterable[str]) -> None:
-        """Record that the tasks of these jobs are sent to the broker now."""
-        self._set(JobRow.id.in_(list(job_ids)), sent_at=database_now(self.session))
+    def mark_sent(self, job_id: str) -> None:
+        """Record that the job's task is sent to the broker now."""
+        self._set(JobRow.id == job_id, sent_at=database_now(self.session))
 
     def _set(self, condition: ColumnElement[bool], **values: Any) -> bool:
         """UPDATE ... WHERE condition; returns whether any row matched."""

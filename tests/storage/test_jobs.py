@@ -353,7 +353,7 @@ def test_stale_jobs_have_an_expired_lease_or_a_lost_task(
     assert stale(119) == []
     assert stale(120) == [job.id]
     clock.set(120)
-    jobs.mark_sent([job.id])
+    jobs.mark_sent(job.id)
     assert stale(239) == []
     clock.set(200)
     jobs.acquire(job.id, "one", LEASE)

@@ -23,6 +23,12 @@ from deltadock.storage.tables import CheckpointRow, JobRow, UploadFileRow, Uploa
 from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers.compress import WorkerContext
 
+
+def job_files(context: WorkerContext) -> list[str]:
+    """Names of this machine's folders of jobs."""
+    return sorted(found.name for found in (context.settings.cache_folder / "jobs").glob("*"))
+
+
 SAMPLES = Path(__file__).parents[2] / "samples"
 THREADS = torch.get_num_threads()
 """As in a worker process: the order of sums, and so an artifact's bytes, may depend on it."""

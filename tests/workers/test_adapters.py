@@ -14,9 +14,8 @@ from deltadock.storage.blobs import BlobStore
 from deltadock.storage.repositories import CheckpointRepository, DeltaRepository
 from deltadock.storage.tables import JobRow, JobState
 from deltadock.storage.tenancy import LOCAL_TENANT
-from deltadock.workers import compress as module
 from deltadock.workers.compress import Outcome, WorkerContext, compress_job
-from tests.workers.conftest import Pair, row_of
+from tests.workers.conftest import Pair, job_files, row_of
 
 LAYER = "model.layers.1.mlp.up_proj"
 
@@ -76,4 +75,4 @@ def test_a_job_imports_an_adapter(
         factors = artifact.factors(f"{LAYER}.weight")
         found = torch.tensor(factors.u) * torch.tensor(factors.s) @ torch.tensor(factors.v)
     torch.testing.assert_close(found.double(), 3.0 * b.double() @ a.double(), rtol=1e-5, atol=1e-4)
-    assert not module.job_folder(context.settings, job_id).exists()
+    assert job_files(context) == []

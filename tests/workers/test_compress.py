@@ -29,9 +29,9 @@ from deltadock.workers.compress import (
     Outcome,
     WorkerContext,
     compress_job,
-    job_folder,
 )
 from deltadock.workers.lease import STOPPING
+from tests.workers.conftest import job_files
 
 Submit = Callable[..., str]
 Look = Callable[[str], JobRow]
@@ -64,7 +64,7 @@ def stopping() -> Iterator[Callable[[], None]]:
 
 
 def assert_nothing_left(context: WorkerContext, job_id: str) -> None:
-    assert not job_folder(context.settings, job_id).exists()
+    assert job_files(context) == []
     assert not (context.settings.blob_folder / "work" / job_id).exists()
 
 
@@ -204,7 +204,7 @@ def test_cancelling_during_compression_stores_nothing(
     job = look(job_id)
     assert (job.state, job.error_code) == (JobState.CANCELLED, "cancelled")
     assert set((context.settings.blob_folder / "blobs").iterdir()) == blobs
-    assert not job_folder(context.settings, job_id).exists()
+    assert job_files(context) == []
 
 
 @pytest.mark.parametrize("settings", ["sqlite"], indirect=True)

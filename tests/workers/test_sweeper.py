@@ -1,21 +1,30 @@
 """Lost tasks are resent and leftovers removed; live jobs and uploads are kept."""
 
+import platform
+import subprocess
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
+import pytest
+from kombu.exceptions import OperationalError
 from structlog.testing import capture_logs
 
 from deltadock.errors import Unavailable
+from deltadock.storage.leases import new_owner
 from deltadock.storage.repositories import JobRepository, UploadRepository
 from deltadock.storage.tables import JobPriority, JobState, UploadKind, UploadState
 from deltadock.storage.tenancy import LOCAL_TENANT
-from deltadock.workers.compress import WorkerContext, job_folder
+from deltadock.workers.compress import WorkerContext
+from deltadock.workers.files import AttemptFiles, drop_unneeded
 from deltadock.workers.sweeper import Periodic, drop_abandoned, drop_job_folders, resend_lost
+from tests.workers.conftest import job_files
 
 Submit = Callable[..., str]
 SetJob = Callable[..., None]
 
+OWNER = "machine-1-a"
 LONG_AGO = datetime.now(UTC) - timedelta(days=2)
 
 
@@ -73,6 +82,42 @@ def test_a_lost_job_is_resent_once_before_all_that_wait(
     assert sent == {lost: None, waiting: JobPriority.NORMAL, left: None}
 
 
+def test_a_task_is_lost_once_those_behind_it_are_taken(
+    context: WorkerContext, submit: Submit, set_job: SetJob
+) -> None:
+    lost, left, behind, low = submit(), submit(), submit(), submit()
+    with context.database.session_scope() as session:
+        jobs = JobRepository(session, LOCAL_TENANT)
+        assert jobs.acquire(left, "stopped", 60.0)
+        assert jobs.release(left, "stopped")
+    hour = timedelta(hours=1)
+    set_job(left, sent_at=LONG_AGO, started_at=LONG_AGO, updated_at=LONG_AGO)
+    set_job(lost, sent_at=LONG_AGO)
+    set_job(low, sent_at=LONG_AGO, priority=JobPriority.LOW)
+    set_job(behind, sent_at=LONG_AGO + hour)
+    assert resend(context, queue_is_empty=False) == []
+    set_job(behind, started_at=LONG_AGO + 2 * hour, state=JobState.READY)
+    sent = resend_with_priorities(context, queue_is_empty=False)
+    assert sent == {lost: JobPriority.NORMAL, left: None}
+    assert resend(context, queue_is_empty=False) == [], "they are behind now"
+
+
+def test_a_task_that_the_broker_did_not_take_is_sent_again(
+    context: WorkerContext, submit: Submit, set_job: SetJob
+) -> None:
+    job_id = submit()
+    with context.database.session_scope() as session:
+        assert JobRepository(session, LOCAL_TENANT).acquire(job_id, "killed", 60.0)
+    set_job(job_id, sent_at=LONG_AGO, lease_expires_at=LONG_AGO + timedelta(hours=1))
+
+    def broken(*_: object) -> None:
+        raise OperationalError("the broker restarts")
+
+    with pytest.raises(OperationalError):
+        resend_lost(context, broken, lambda: False)
+    assert resend(context, queue_is_empty=False) == [job_id]
+
+
 def test_abandoned_uploads_and_their_parts_are_dropped(context: WorkerContext) -> None:
     old, busy, new = (UploadState.OPEN, UploadState.COMPLETING, UploadState.OPEN)
     with context.database.session_scope() as session:
@@ -102,12 +147,53 @@ def test_only_files_of_finished_jobs_are_dropped(
     context: WorkerContext, submit: Submit, set_job: SetJob
 ) -> None:
     job_id = submit()
-    folder = job_folder(context.settings, job_id)
-    folder.mkdir(parents=True)
+    with context.database.session_scope() as session:
+        assert JobRepository(session, LOCAL_TENANT).acquire(job_id, OWNER, 60.0)
+    AttemptFiles(context.settings, job_id, f"{OWNER}-before").enter()
+    AttemptFiles(context.settings, job_id, OWNER).enter()
+    assert drop_job_folders(context) == 1
+    assert job_files(context) == [f"{job_id}.{OWNER}"]
+    AttemptFiles(context.settings, job_id, OWNER).leave()
     assert drop_job_folders(context) == 0
     set_job(job_id, state=JobState.CANCELLED)
     assert drop_job_folders(context) == 1
-    assert not folder.exists()
+    assert job_files(context) == []
+
+
+def test_files_are_entered_or_dropped_but_never_both(
+    context: WorkerContext, submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job is retried, and begun on this machine, while its left files are being dropped."""
+    job_id = submit()
+    before, after = (AttemptFiles(context.settings, job_id, one) for one in ("a-1-a", "a-1-b"))
+    (before.enter() / "fetched").touch()
+    before.leave()
+    entered: list[Path] = []
+
+    def looked(*_: object) -> bool:
+        entered.append(after.enter())
+        return False
+
+    assert drop_unneeded(context.settings, looked) == 0
+    assert [path.name for path in entered[0].iterdir()] == ["fetched"]
+
+
+def test_an_attempt_goes_on_with_the_files_of_one_that_died_or_left(
+    context: WorkerContext, submit: Submit
+) -> None:
+    job_id = submit()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    owners = [f"{platform.node()}-{dead.pid}-a", new_owner(), new_owner(), new_owner()]
+    died, left, stays, last = (AttemptFiles(context.settings, job_id, one) for one in owners)
+    (died.enter() / "fetched").touch()
+    assert [path.name for path in left.enter().iterdir()] == ["fetched"]
+    left.leave()
+    assert [path.name for path in stays.enter().iterdir()] == ["fetched"]
+    assert list(last.enter().iterdir()) == [], "the other is at work"
+    last.leave()
+    stays.leave()
+    assert job_files(context) == [f"{job_id}.left"]
 
 
 def test_a_step_is_repeated_and_an_expected_failure_is_one_line() -> None:
