@@ -328,7 +328,7 @@ def time_model(
     for stage, seconds in timeline.stages.items():
         print(f"{stage:12} {seconds:8.2f} s")
     print(f"{'total':12} {sum(timeline.stages.values()):8.2f} s; ratio {report.ratio:.2f}, "
-          f"KL {report.kl}")  # fmt: skip
+          f"KL {report.quality.kl if report.quality else None}")  # fmt: skip
     projected = project(timeline, blocks, whole)
     print(f"projected to {whole} blocks: {projected:.0f} s ({projected / 60:.1f} minutes)")
     return timeline

@@ -18,6 +18,9 @@ UNRELATED: Final = (
 )
 """The note of a pair whose weights have little in common."""
 
+FIGURES: Final = ("kl", "kl_base", "agreement", "nll", "nll_finetuned", "nll_base")
+"""Of `Quality`, those in a report's JSON; null if nothing was measured."""
+
 Rank = tuple[int, float, int, int]
 """Of a decomposed matrix: place from 1, singular value, bits of U's vector and of V's, 0 if
 dropped."""
@@ -50,6 +53,11 @@ class Quality:
     def agreement_error(self) -> float:
         """Standard error of `agreement`, as `kl_error`."""
         return math.sqrt(self.agreement * (1 - self.agreement) / self.tokens)
+
+    @property
+    def is_far(self) -> bool:
+        """Whether the delta is far from its fine-tune: see `POOR`."""
+        return self.kl > max(POOR * self.kl_base, LEAST_POOR)
 
 
 def not_measured(error: InvalidInput) -> str:
@@ -124,17 +132,11 @@ class Report:
     bound_reached: float | None = None
     """The confidence bound of KL or agreement on the choosing windows, which the search for a bound
     went by."""
-    kl: float | None = None
-    kl_base: float | None = None
-    agreement: float | None = None
-    nll: float | None = None
-    nll_finetuned: float | None = None
-    nll_base: float | None = None
+    quality: Quality | None = None
+    """None: not measured; a note says why."""
     measured_on: list[dict[str, Any]] = field(default_factory=list)
     """The text of the figures: `kind` (text, conversations, sampled), `sha256` of the file (None if
     sampled from the fine-tune) and `tokens` of each source; empty if nothing was measured."""
-    is_far: bool = False
-    """Whether the delta is far from its fine-tune: see `POOR`."""
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
     """What was not taken from the fine-tune's folder, and why figures are missing or poor, in
@@ -151,16 +153,9 @@ class Report:
         return 8 * self.artifact_bytes / self.parameters
 
     def set_quality(self, quality: Quality, measured_on: list[dict[str, Any]]) -> None:
-        """Copy the figures of the whole model, describe their text, and say if they are poor."""
-        self.measured_on = measured_on
-        self.kl = quality.kl
-        self.kl_base = quality.kl_base
-        self.agreement = quality.agreement
-        self.nll = quality.nll
-        self.nll_finetuned = quality.nll_finetuned
-        self.nll_base = quality.nll_base
-        self.is_far = quality.kl > max(POOR * quality.kl_base, LEAST_POOR)
-        if self.is_far:
+        """Take the figures of the whole model, describe their text, and say if they are poor."""
+        self.quality, self.measured_on = quality, measured_on
+        if quality.is_far:
             far = (
                 f"The delta is far from its fine-tune: its KL is {quality.kl:.3g}, that of the "
                 f"bare base {quality.kl_base:.3g}."
@@ -172,11 +167,18 @@ class Report:
             self.notes.append(far if UNRELATED in self.notes else far + advice)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form, with `ratio` and `true_bits`.
+        """JSON-able form, with `FIGURES`, `is_far`, `ratio` and `true_bits`.
 
         JSON has no NaN and no infinity: such a figure is None, and the whole model's have a note.
         """
-        whole = {**asdict(self), "ratio": self.ratio, "true_bits": self.true_bits}
+        whole = asdict(self)
+        del whole["quality"]
+        whole |= {name: getattr(self.quality, name, None) for name in FIGURES}
+        whole |= {
+            "is_far": self.quality is not None and self.quality.is_far,
+            "ratio": self.ratio,
+            "true_bits": self.true_bits,
+        }
         lost = [
             name for name, value in whole.items() if value is not None and _json_able(value) is None
         ]

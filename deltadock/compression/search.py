@@ -124,9 +124,8 @@ def reach_bound(
 
     def check(report: Report, path: Path) -> float:
         measure(report, path)
-        figure = goal.figure(report.kl, report.agreement)
-        assert figure is not None, "a bound needs calibration text, which measures too"
-        return figure
+        assert report.quality is not None, "a bound needs calibration text, which measures too"
+        return goal.figure(report.quality.kl, report.quality.agreement)
 
     def judge(bits: float, path: Path) -> tuple[Report, float]:
         report, bound = choose(bits, path)

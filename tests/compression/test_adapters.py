@@ -356,9 +356,8 @@ def test_the_adapters_tokenizer_and_added_tokens_are_stored(
         calibration=[Source(text)],
         progress=ProgressReporter(),
     )
-    assert report.kl == 0.0
-    assert report.kl_base is not None
-    assert report.kl_base > 0
+    assert report.quality.kl == 0.0
+    assert report.quality.kl_base > 0
     with Artifact(out) as artifact:
         files, binary = artifact.files, artifact.binary_files
     assert files.keys() == {"chat_template.jinja", "config.json"}
@@ -391,9 +390,8 @@ def test_an_adapters_chat_template_overrides_the_bases(
         calibration=[], progress=ProgressReporter(),
     )  # fmt: skip
     assert report.measured_on == [{"kind": "sampled", "sha256": None, "tokens": 128}]
-    assert (report.kl, report.agreement) == (0, 1)
-    assert report.kl_base is not None
-    assert report.kl_base > 0
+    assert (report.quality.kl, report.quality.agreement) == (0, 1)
+    assert report.quality.kl_base > 0
     merge(with_template, out, tmp_path / "merged")
     files = {path.name: path.read_text() for path in (tmp_path / "merged").glob("*.j*")}
     assert chat_format(files).template == ("the adapter's file" if own_file else "the adapter's")

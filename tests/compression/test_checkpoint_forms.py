@@ -80,9 +80,8 @@ def test_experts_stored_in_one_tensor(text: Path, tmp_path: Path) -> None:
     assert parts == [f"{name}[{expert}]" for expert in (0, 1, 3)]
     merged = load_file(tmp_path / "merged" / WEIGHTS)
     assert torch.equal(merged[name][2], unchanged)
-    assert report.kl is not None
-    assert report.kl_base is not None
-    assert 0 < report.kl < 0.7 * report.kl_base
+    assert report.quality is not None
+    assert 0 < report.quality.kl < 0.7 * report.quality.kl_base
 
 
 def test_gpt2_without_prefix_and_with_old_masks(text: Path, tmp_path: Path) -> None:
@@ -148,9 +147,8 @@ def test_other_float_dtypes(pair: Pair, text: Path, tmp_path: Path, dtype: torch
     report, kinds = run(pair, text, tmp_path)
     assert kinds["model.layers.0.mlp.up_proj.weight"] == "svd"
     assert all(w.dtype == dtype for w in load_file(tmp_path / "merged" / WEIGHTS).values())
-    assert report.kl is not None
-    assert report.kl_base is not None
-    assert report.kl < 0.5 * report.kl_base
+    assert report.quality is not None
+    assert report.quality.kl < 0.5 * report.quality.kl_base
 
 
 @pytest.mark.parametrize(
@@ -317,9 +315,8 @@ def test_a_larger_vocabulary(
     report, kinds = run((base, tuned), text, tmp_path)
     assert kinds["model.embed_tokens.weight"] == "new-rows"
     assert kinds.get("lm_head.weight") == (None if tied else "new-rows")
-    assert report.kl is not None
-    assert report.kl_base is not None
-    assert report.kl < 0.5 * report.kl_base
+    assert report.quality is not None
+    assert report.quality.kl < 0.5 * report.quality.kl_base
     weights, merged = (load_file(folder / WEIGHTS) for folder in (tuned, tmp_path / "merged"))
     name = "model.embed_tokens.weight"
     assert torch.equal(merged[name][VOCABULARY:], weights[name][VOCABULARY:])

@@ -165,9 +165,8 @@ def test_a_checkpoint_within_its_budget(
     budget = 2.0 * sum(tensor.numel() for tensor in weights.values() if tensor.ndim == 2)
     assert 0.97 * budget < used_bits <= budget + 2 * 8 * 128 * runs
     assert report.distillation is not None
-    assert report.kl is not None
-    assert report.kl_base is not None
-    assert 0 < report.kl < 0.1 * report.kl_base
+    assert report.quality is not None
+    assert 0 < report.quality.kl < 0.1 * report.quality.kl_base
 
     merge(base, tmp_path / "a.delta", tmp_path / "merged")
     data = load_calibration([Source(text)], finetuned, 128, 0, CALIBRATION)
@@ -177,7 +176,7 @@ def test_a_checkpoint_within_its_budget(
         with torch.inference_mode():
             scores.append(model(data.report).logits.double().log_softmax(-1))
     kl = float((scores[0].exp() * (scores[0] - scores[1])).sum(-1).mean())
-    assert report.kl == pytest.approx(kl, rel=1e-2)
+    assert report.quality.kl == pytest.approx(kl, rel=1e-2)
     assert list(tmp_path.glob("a.delta?*")) == []
 
 
@@ -222,9 +221,8 @@ def test_matrices_without_a_delta(pair: Pair, text: Path, tmp_path: Path) -> Non
         assert artifact.records[signed]["kind"] == "exact"
         assert artifact.records[equal.replace("0", "1").replace("up", "gate")]["kind"] == "svd"
     assert {equal, signed}.isdisjoint(matrix.name for matrix in report.matrices)
-    assert report.kl is not None
-    assert report.kl_base is not None
-    assert report.kl < report.kl_base
+    assert report.quality is not None
+    assert report.quality.kl < report.quality.kl_base
 
 
 def test_a_size_goal_is_met_without_exceeding_it(pair: Pair, text: Path, tmp_path: Path) -> None:
@@ -266,12 +264,12 @@ def test_a_quality_bound_is_met_near_its_smallest_size(
     reached = delta_quality(pair, tmp_path / "a.delta", choosing)
     bound = Goal("max_kl", figure) if goal == "max_kl" else Goal("min_agreement", figure)
     assert report.bound_reached == confidence_bound(bound, reached)
-    for one in (report.bound_reached, bound.figure(report.kl, report.agreement)):
+    for one in (report.bound_reached, bound.figure(report.quality.kl, report.quality.agreement)):
         assert one is not None
         assert bound.is_kept(one)
     reported = delta_quality(pair, tmp_path / "a.delta", reporting)
-    assert (report.kl, report.agreement) == (reported.kl, reported.agreement)
-    assert report.kl != reached.kl
+    assert report.quality == reported
+    assert report.quality.kl != reached.kl
     assert report.artifact_bytes < 1.2 * reference.artifact_bytes
     with Artifact(tmp_path / "a.delta") as artifact:
         assert artifact.nbytes == report.artifact_bytes
@@ -306,6 +304,6 @@ def test_kl_is_below_adamix_at_equal_size(pair: Pair, text: Path, tmp_path: Path
     )  # fmt: skip
     report = run(pair, tmp_path / "b.delta", text, target_bytes=adamix.artifact_bytes)
     assert report.artifact_bytes <= adamix.artifact_bytes
-    assert report.kl is not None
-    assert adamix.kl is not None
-    assert report.kl < 0.7 * adamix.kl
+    assert report.quality is not None
+    assert adamix.quality is not None
+    assert report.quality.kl < 0.7 * adamix.quality.kl

@@ -70,9 +70,8 @@ def test_exactly_the_changed_tensors_are_stored(pair: Pair, text: Path, tmp_path
     for name, kind in kinds.items():
         expected = "rows" if "embed" in name else "svd" if weights[name].ndim == 2 else "exact"
         assert kind == expected, name
-    assert report.kl is not None
-    assert report.kl_base is not None
-    assert 0 < report.kl < 0.5 * report.kl_base
+    assert report.quality is not None
+    assert 0 < report.quality.kl < 0.5 * report.quality.kl_base
     assert report.ratio == report.checkpoint_bytes / report.artifact_bytes
     assert report.checkpoint_bytes == 2 * sum(tensor.numel() for tensor in weights.values())
     assert {matrix.name for matrix in report.matrices} == {
@@ -97,8 +96,8 @@ def test_exact_is_lossless(pair: Pair, text: Path, tmp_path: Path) -> None:
     base, finetuned = pair
     options = CompressOptions(method="exact")
     report = compress(base, finetuned, tmp_path / "a.delta", options, calibration=[Source(text)])
-    assert report.kl == pytest.approx(0, abs=1e-9)
-    assert report.agreement == 1
+    assert report.quality.kl == pytest.approx(0, abs=1e-9)
+    assert report.quality.agreement == 1
     digest = hashlib.sha256(text.read_bytes()).hexdigest()
     assert [(one["kind"], one["sha256"]) for one in report.measured_on] == [("text", digest)]
     merge(base, tmp_path / "a.delta", tmp_path / "merged")
@@ -312,10 +311,10 @@ def test_a_fine_tune_without_a_tokenizer_has_its_bases(
     if template is not None:
         (finetuned / "chat_template.jinja").write_text(template)
     report = compress(*pair, tmp_path / "b.delta", BITDELTA, calibration=[Source(text)])
-    assert report.kl == with_its_own.kl
+    assert report.quality.kl == with_its_own.quality.kl
     assert report.notes == ["The fine-tune has no tokenizer: the base's is used."]
     sampled = compress(*pair, tmp_path / "c.delta", CompressOptions("exact"), calibration=None)
-    assert sampled.kl is not None
+    assert sampled.quality is not None
     assert evaluate(*pair, tmp_path / "b.delta", text).kl > 0
     merge(base, tmp_path / "b.delta", tmp_path / "merged")
     merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
@@ -429,7 +428,7 @@ def test_without_a_source_text_is_sampled_from_the_fine_tune(pair: Pair, tmp_pat
     assert report.calibration is not None
     assert report.calibration == again.calibration
     assert report.calibration["tokens"] == 512
-    assert report.kl is not None
+    assert report.quality is not None
     assert (tmp_path / "a.delta").read_bytes() == (tmp_path / "b.delta").read_bytes()
 
 
@@ -442,10 +441,8 @@ def test_without_a_text_every_method_is_measured_on_sampled_text(
     report = compress(*pair, tmp_path / "a.delta", options, calibration=None)
     assert report.measured_on == [{"kind": "sampled", "sha256": None, "tokens": 128}]
     assert report.calibration is None, "the artifact does not depend on it"
-    assert report.kl is not None
-    assert report.kl_base is not None
-    assert 0 <= report.kl < report.kl_base
-    assert None not in (report.agreement, report.nll, report.nll_finetuned, report.nll_base)
+    assert report.quality is not None
+    assert 0 <= report.quality.kl < report.quality.kl_base
 
 
 def test_what_cannot_be_measured_is_noted(
@@ -453,7 +450,7 @@ def test_what_cannot_be_measured_is_noted(
 ) -> None:
     monkeypatch.setattr(sampling, "free_memory", lambda: 1000)
     report = compress(*pair, tmp_path / "a.delta", BITDELTA, calibration=None)
-    assert (report.kl, report.measured_on) == (None, [])
+    assert (report.quality, report.measured_on) == (None, [])
     (note,) = report.notes
     assert "not measured" in note
     assert "1.00 kB are free" in note
@@ -485,7 +482,7 @@ def test_a_fine_tune_equal_to_its_base_is_rejected_unless_a_file_differs(
     report = compress(
         base, finetuned, tmp_path / "a.delta", CompressOptions(), calibration=[Source(text)]
     )
-    assert report.kl == pytest.approx(0, abs=1e-9)
+    assert report.quality.kl == pytest.approx(0, abs=1e-9)
     assert report.notes == [NO_WEIGHTS]
     with Artifact(tmp_path / "a.delta") as artifact:
         assert artifact.records == {}

@@ -29,9 +29,8 @@ def test_the_rest_is_calibrated_and_the_layers_are_carried(
     report = compress(base, tuned, out, CompressOptions("adamix"), calibration=[Source(text)])
     assert (KEPT_LAYERS in report.notes) == (not stored)
     assert not any("layers.2." in matrix.name for matrix in report.matrices)
-    assert report.kl is not None
-    assert report.kl_base is not None
-    assert 0 < report.kl < 0.7 * report.kl_base
+    assert report.quality is not None
+    assert 0 < report.quality.kl < 0.7 * report.quality.kl_base
 
     merge(base, out, tmp_path / "merged")
     carried = load_file((tuned if stored else base) / "model.safetensors")

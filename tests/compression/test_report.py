@@ -11,7 +11,7 @@ from deltadock.compression.report import UNRELATED, Quality, Report
 def test_figures_that_json_cannot_hold_are_left_out_with_a_note() -> None:
     """Postgres refuses them, after hours of a job."""
     report = Report("optimix", 1.0, 1000, 10**6, 10**6, "", None)
-    report.kl, report.nll, report.agreement = math.nan, math.inf, 0.5
+    report.quality = Quality(math.nan, 2.0, 0.5, math.inf, 1.0, 3.0, 100, 0.0)
     report.distillation = {"before": math.nan, "after": 0.25}
     document = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert (document["kl"], document["nll"], document["agreement"]) == (None, None, 0.5)

@@ -90,7 +90,7 @@ def test_a_model_that_cannot_be_run_is_compressed_by_its_tensors_names(
         method, goal_for(method, bits=8.0 if method == "low-rank" else None)[1]
     )
     report = compress(tmp_path / "base", tmp_path / "tuned", out, options, calibration=None)
-    assert report.kl is None
+    assert report.quality is None
     assert [note for note in report.notes if "'mamba' cannot be calibrated" in note]
     named = {matrix.name.split(".")[-2] for matrix in report.matrices}
     assert named == {"in_proj", "x_proj", "dt_proj", "out_proj"}
@@ -131,7 +131,7 @@ def test_only_norms_have_changed(
     before = load_file(pair[0] / WEIGHTS)
     rewrite(pair[1], lambda w: {k: t if t.ndim == 1 else before[k] for k, t in w.items()})
     report = make(pair, text, tmp_path, **goal)
-    assert report.kl == pytest.approx(0, abs=1e-9)
+    assert report.quality.kl == pytest.approx(0, abs=1e-9)
     assert {tensor.kind for tensor in report.other_tensors} == {"exact"}
     merged, tuned = (load_file(folder / WEIGHTS) for folder in (tmp_path / "merged", pair[1]))
     assert all(torch.equal(merged[name], tensor) for name, tensor in tuned.items())
@@ -148,8 +148,8 @@ def test_a_loose_bound_uses_a_small_budget_and_drops_matrices(
     pair: Pair, text: Path, tmp_path: Path
 ) -> None:
     report = make(pair, text, tmp_path, max_kl=5.0)
-    assert report.kl is not None
-    assert report.kl < 5
+    assert report.quality is not None
+    assert report.quality.kl < 5
     assert report.nominal_bits is not None
     assert report.nominal_bits < 0.1
     dropped = [matrix for matrix in report.matrices if matrix.rank == 0]
@@ -201,9 +201,8 @@ def test_a_tied_head_that_is_also_stored_is_an_alias(
     merged = load_file(tmp_path / "merged" / WEIGHTS)
     assert torch.equal(merged[HEAD], merged[EMBEDDING])
     assert not torch.equal(merged[HEAD], load_file(pair[0] / WEIGHTS)[HEAD])
-    assert report.kl is not None
-    assert report.kl_base is not None
-    assert 0 < report.kl < 0.5 * report.kl_base
+    assert report.quality is not None
+    assert 0 < report.quality.kl < 0.5 * report.quality.kl_base
     if report.distillation is not None and report.distillation["kept"]:
         kl = choosing_kl(pair, text, tmp_path)
         assert report.distillation["after"] == pytest.approx(kl, rel=0.02)

@@ -139,8 +139,8 @@ class Makes:
         assert path.name.startswith(self.out.name)
         assert path.read_text() == f"{report.nominal_bits}"
         assert report.nominal_bits is not None
-        report.kl = self.reported(report.nominal_bits)
-        report.agreement = agreement(report.kl)
+        kl = self.reported(report.nominal_bits)
+        report.quality = Quality(kl, 1.0, agreement(kl), 0.0, 0.0, 0.0, 1, 0.0)
 
 
 def reach(make: Makes, goal: Goal, info: MethodInfo = INFO) -> float:
@@ -151,7 +151,11 @@ def reach(make: Makes, goal: Goal, info: MethodInfo = INFO) -> float:
     kl = make.curve(bits) * (1 + CONFIDENCE * make.error)
     expected = kl if goal.kind == "max_kl" else agreement(kl)
     assert report.bound_reached == pytest.approx(expected, abs=1e-14)
-    for figure in (report.bound_reached, goal.figure(report.kl, report.agreement)):
+    assert report.quality is not None
+    for figure in (
+        report.bound_reached,
+        goal.figure(report.quality.kl, report.quality.agreement),
+    ):
         assert figure is not None
         assert goal.is_kept(figure)
     assert make.out.read_text() == f"{bits}"

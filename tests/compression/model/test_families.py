@@ -151,5 +151,5 @@ def test_the_whole_checkpoint_is_compressed(case: Case, text: Path, tmp_path: Pa
             assert torch.equal(bare(windows).logits, logits[1])
     target, *others = (torch.log_softmax(each, dim=-1) for each in logits)
     kl = [float((target.exp() * (target - each)).sum(-1).mean()) for each in others]
-    assert [report.kl, report.kl_base] == pytest.approx(kl, rel=1e-3)
+    assert [report.quality.kl, report.quality.kl_base] == pytest.approx(kl, rel=1e-3)
     assert 0 < kl[0] < 0.7 * kl[1]
