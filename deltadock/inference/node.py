@@ -258,9 +258,15 @@ class InferenceNode:
                 on_error.callback(base.deltas.release, target.artifact_digest)
                 tokenizer = delta.tokenizer
             vocabulary = base.model.vocabulary(slot)
-            prompts = await self._encode(
-                target, partial(encode, prompts_of(request), tokenizer, self._templates, vocabulary)
+            encode_all = partial(
+                encode,
+                prompts_of(request),
+                tokenizer,
+                self._templates,
+                vocabulary,
+                target.tenant,
             )
+            prompts = await self._encode(target, encode_all)
             context = base.engine.context_tokens
             sampling = sampling_params(request, tokenizer.defaults, prompts, context, vocabulary)
             grammar = await self._compile_grammar(target, tokenizer, request, sampling)

@@ -45,7 +45,11 @@ def prompts_of(request: GenerationRequest) -> Sequence[Prompt]:
 
 
 def encode(
-    prompts: Sequence[Prompt], tokenizer: Tokenizer, templates: TemplateSandbox, vocabulary: int
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    templates: TemplateSandbox,
+    vocabulary: int,
+    tenant: str | None,
 ) -> list[list[int]]:
     """The prompts' tokens. Blocks: async code uses threads.
 
@@ -53,7 +57,7 @@ def encode(
         InvalidInput: a prompt is empty, or a token is not in the `vocabulary`.
         NoChatTemplate: a conversation, and the model has no chat template.
     """
-    encoded = [_tokens(prompt, tokenizer, templates) for prompt in prompts]
+    encoded = [_tokens(prompt, tokenizer, templates, tenant) for prompt in prompts]
     for prompt, tokens in zip(prompts, encoded, strict=True):
         param = "messages" if isinstance(prompt, Conversation) else "prompt"
         if not tokens:
@@ -71,9 +75,11 @@ def encode(
     return encoded
 
 
-def _tokens(prompt: Prompt, tokenizer: Tokenizer, templates: TemplateSandbox) -> list[int]:
+def _tokens(
+    prompt: Prompt, tokenizer: Tokenizer, templates: TemplateSandbox, tenant: str | None
+) -> list[int]:
     if isinstance(prompt, Conversation):
-        text = templates.prompt(tokenizer.chat, prompt)
+        text = templates.prompt(tokenizer.chat, prompt, tenant)
         return tokenizer.encode(text, special_tokens=False)  # the template wrote its own
     return tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 

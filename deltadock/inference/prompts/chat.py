@@ -20,10 +20,12 @@ PROCESSES: Final = 4
 """Templates that render at the same time."""
 WALL_SECONDS: Final = 5.0
 """Limit of a rendering, beside its CPU time (`sandbox.CPU_SECONDS`)."""
+MAX_VALUES: Final = 200_000
+"""JSON values in what a template is given: some 60,000 messages."""
 PAUSE_SECONDS: Final = 60.0
-"""A template that killed its process is refused for this long."""
+"""A template that cannot render even `TRIVIAL` is refused for this long."""
 MAX_PAUSED: Final = 256
-
+TRIVIAL: Final = ({"role": "user", "content": "a"},)
 
 RESERVED: Final = frozenset({"messages", "add_generation_prompt", "tools", "documents"})
 """Variables of a template that `chat_template_kwargs` cannot set."""
@@ -89,6 +91,20 @@ def chat_format(files: Mapping[str, str]) -> ChatFormat:
     return ChatFormat(template, special_tokens, tool_template)
 
 
+def _exceeds(value: object, limit: int) -> bool:
+    """Whether JSON has more than `limit` values."""
+    pending = [value]
+    for _ in range(limit):
+        if not pending:
+            return False
+        value = pending.pop()
+        if isinstance(value, dict):
+            pending.extend(value.values())
+        elif isinstance(value, list | tuple):
+            pending.extend(value)
+    return bool(pending)
+
+
 def _open_final_message(text: str, content: str) -> str:
     """The rendered text up to the end of the last message's content, as in transformers.
 
@@ -103,6 +119,28 @@ def _open_final_message(text: str, content: str) -> str:
             param="continue_final_message",
         )
     return text[: text.rindex(content) + len(content)]
+
+
+def _variables(form: ChatFormat, template: str, conversation: Conversation) -> dict[str, Any]:
+    """What a template is rendered with."""
+    messages = [dict(message) for message in conversation.messages]
+    if "developer" not in template:
+        # OpenAI's newer name for the system role; a template that does not know it drops it.
+        for message in messages:
+            message["role"] = message["role"].replace("developer", "system")
+    return {
+        "documents": None,
+        **form.special_tokens,
+        **conversation.variables,
+        "tools": conversation.tools or None,
+        "messages": messages,
+        "add_generation_prompt": conversation.add_generation_prompt,
+    }
+
+
+def _line(template: str, variables: Mapping[str, Any]) -> bytes:
+    """A request as a process reads it."""
+    return json.dumps({"template": template, "variables": variables}).encode() + b"\n"
 
 
 class _Sandbox:
@@ -154,17 +192,24 @@ class _Sandbox:
 
 
 class TemplateSandbox:
-    """The processes that render chat templates, each one template at a time."""
+    """The processes that render chat templates, each one template at a time.
+
+    A conversation that exceeds a limit fails alone: clients choose its variables and tools, and the
+    fine-tunes of a base share their template. A template that exceeds it on a trivial conversation
+    too is refused to its tenant for a while.
+    """
 
     def __init__(self) -> None:
         self._idle: queue.LifoQueue[_Sandbox] = queue.LifoQueue()
         for _ in range(PROCESSES):
             self._idle.put(_Sandbox())
         self._lock = threading.Lock()
-        self._paused: OrderedDict[str, float] = OrderedDict()
-        """Monotonic seconds until which each template is refused."""
+        self._paused: OrderedDict[tuple[str | None, str], float] = OrderedDict()
+        """Monotonic seconds until which a tenant's template is refused."""
 
-    def prompt(self, form: ChatFormat, conversation: Conversation) -> str:
+    def prompt(
+        self, form: ChatFormat, conversation: Conversation, tenant: str | None = None
+    ) -> str:
         """Render the prompt for the model's next turn. Blocks: async code uses threads.
 
         Raises:
@@ -181,59 +226,63 @@ class TemplateSandbox:
             raise InvalidInput(
                 f"chat_template_kwargs cannot set {min(reserved)!r}.", param="chat_template_kwargs"
             )
-        messages = [dict(message) for message in conversation.messages]
-        if "developer" not in template:
-            # OpenAI's newer name for the system role; a template that does not know it drops it.
-            for message in messages:
-                message["role"] = message["role"].replace("developer", "system")
-        variables = {
-            "documents": None,
-            **form.special_tokens,
-            **conversation.variables,
-            "tools": conversation.tools or None,
-            "messages": messages,
-            "add_generation_prompt": conversation.add_generation_prompt,
-        }
-        answer = self._request(template, variables)
-        if answer is None:
-            raise InvalidInput(
-                "The model's chat template took more time or memory than allowed, and is refused "
-                "for a minute. Send a prompt to /v1/completions."
-            )
+        answer = self._render(tenant, form, template, _variables(form, template, conversation))
         if "error" in answer:
             raise InvalidInput(
                 f"The model's chat template cannot be applied to the messages: {answer['error']}"
             )
         if not conversation.continue_final_message:
             return answer["text"]
-        return _open_final_message(answer["text"], messages[-1]["content"])
+        return _open_final_message(answer["text"], conversation.messages[-1]["content"])
 
-    def _request(self, template: str, variables: Mapping[str, Any]) -> dict[str, str] | None:
-        """A sandbox's answer; None if the request killed it or the template is refused."""
-        request = json.dumps({"template": template, "variables": variables})
-        if self._is_paused(template):
-            return None
+    def _render(
+        self, tenant: str | None, form: ChatFormat, template: str, variables: Mapping[str, Any]
+    ) -> dict[str, str]:
+        """A process's answer.
+
+        Raises:
+            InvalidInput: a limit ended the process, or the template is refused.
+        """
+        if _exceeds(variables, MAX_VALUES):
+            raise InvalidInput(
+                f"Messages, tools and chat_template_kwargs have more than {MAX_VALUES} JSON "
+                "values. Send fewer."
+            )
+        request = _line(template, variables)
+        self._check_paused(tenant, template)
         sandbox = self._idle.get()
         try:
-            if self._is_paused(template):  # another request of it was killed meanwhile
-                return None
-            line = sandbox.request(request.encode() + b"\n")
+            self._check_paused(tenant, template)  # another request may have paused it meanwhile
+            line = sandbox.request(request)
+            if not line:
+                trivial = _variables(form, template, Conversation(TRIVIAL))
+                if not sandbox.request(_line(template, trivial)):
+                    self._pause(tenant, template)
         finally:
             self._idle.put(sandbox)
         if not line:
-            self._pause(template)
-            return None
+            self._check_paused(tenant, template)
+            raise InvalidInput(
+                "The model's chat template took more time or memory than allowed for this "
+                "conversation. Shorten it, or send a prompt to /v1/completions."
+            )
         answer: dict[str, str] = json.loads(line)
         return answer
 
-    def _is_paused(self, template: str) -> bool:
+    def _check_paused(self, tenant: str | None, template: str) -> None:
+        """Raises InvalidInput while the tenant's template is refused."""
         with self._lock:
-            return self._paused.get(template, 0.0) > time.monotonic()
+            paused_until = self._paused.get((tenant, template), 0.0)
+        if paused_until > time.monotonic():
+            raise InvalidInput(
+                "The model's chat template took more time or memory than allowed, and is refused "
+                "for a minute. Send a prompt to /v1/completions."
+            )
 
-    def _pause(self, template: str) -> None:
+    def _pause(self, tenant: str | None, template: str) -> None:
         with self._lock:
-            self._paused[template] = time.monotonic() + PAUSE_SECONDS
-            self._paused.move_to_end(template)
+            self._paused[tenant, template] = time.monotonic() + PAUSE_SECONDS
+            self._paused.move_to_end((tenant, template))
             if len(self._paused) > MAX_PAUSED:
                 self._paused.popitem(last=False)
 

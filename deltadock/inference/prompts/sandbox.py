@@ -118,10 +118,14 @@ def render(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
 
 def _answer(compiled: Callable[[str], jinja2.Template], line: bytes) -> dict[str, str]:
     try:
-        request = json.loads(line)
+        request = json.loads(line)  # its time is the client's fault, not the template's
+        # Its signal has no handler, so it kills the process even inside one long C call.
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         return {"text": render(compiled(request["template"]), request["variables"])}
     except Exception as error:  # noqa: BLE001 (untrusted code may raise anything)
         return {"error": f"{type(error).__name__}: {error}"[:500]}
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def main() -> None:
@@ -130,10 +134,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     compiled = lru_cache(MAX_CACHED_TEMPLATES)(make_environment().from_string)
     for line in sys.stdin.buffer:
-        # Its signal has no handler, so it kills the process even inside one long C call.
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         answer = _answer(compiled, line)
-        signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 

@@ -157,7 +157,7 @@ def test_a_template_that_killed_the_sandbox_is_refused_for_a_minute(
                 sandbox.prompt(endless, Conversation(TALK))
             assert process_of(sandbox) is None, "the second request starts no process"
         assert sandbox.prompt(form("x"), Conversation(TALK)) == "x"
-        monkeypatch.setattr(sandbox, "_paused", OrderedDict({endless.template: 0.0}))
+        monkeypatch.setattr(sandbox, "_paused", OrderedDict({(None, endless.template): 0.0}))
         before = process_of(sandbox)
         with pytest.raises(InvalidInput):
             sandbox.prompt(endless, Conversation(TALK))
@@ -165,6 +165,63 @@ def test_a_template_that_killed_the_sandbox_is_refused_for_a_minute(
         assert process_of(sandbox) is None, "the minute has elapsed"
     finally:
         sandbox.close()
+
+
+SLOW_IF_ASKED = """
+{%- set r = range(99999 if hard or tools or messages | length > 1 else 1) %}
+{%- for a in r %}{% for b in r %}{% endfor %}{% endfor %}
+{{- messages[0].content }}"""
+
+
+@pytest.mark.parametrize(
+    "hard",
+    [
+        Conversation(TALK[1:2], variables={"hard": True}),
+        Conversation(TALK[1:2], tools=({"name": "f"},)),
+        Conversation(TALK[1:]),
+    ],
+)
+def test_a_hard_conversation_fails_alone(
+    sandbox: TemplateSandbox, hard: Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All fine-tunes of a base share its template, and clients choose the conversation."""
+    monkeypatch.setattr("deltadock.inference.prompts.chat.WALL_SECONDS", 60.0)
+    with pytest.raises(InvalidInput, match="allowed for this conversation"):
+        sandbox.prompt(form(SLOW_IF_ASKED), hard, "acme")
+    for tenant in ("acme", "beta"):
+        assert sandbox.prompt(form(SLOW_IF_ASKED), Conversation(TALK[1:2]), tenant)
+
+
+def test_a_refused_template_is_refused_to_its_tenant_alone(sandbox: TemplateSandbox) -> None:
+    """A delta's special tokens reach the template too."""
+    shared = "{{ 'ok' if bos_token == '<s>' else bos_token | length ** (9 ** 9) > 2 }}"
+    with pytest.raises(InvalidInput, match="is refused for a minute"):
+        sandbox.prompt(ChatFormat(shared, {"bos_token": "seven"}), Conversation(TALK), "acme")
+    assert sandbox.prompt(form(shared), Conversation(TALK), "beta") == "ok"
+
+
+def test_reading_a_large_conversation_takes_none_of_its_templates_time(
+    sandbox: TemplateSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three million lists take seconds to read."""
+    monkeypatch.setattr("deltadock.inference.prompts.chat.WALL_SECONDS", 60.0)
+    nested: list[Any] = []
+    for _ in range(80):
+        nested = [nested]
+    line = json.dumps({"template": "ok", "variables": {"x": [nested] * 40_000}}).encode() + b"\n"
+    last = sandbox._idle.queue[-1]
+    assert json.loads(last.request(line)) == {"text": "ok"}
+
+
+def test_a_conversation_of_too_many_values_is_refused(sandbox: TemplateSandbox) -> None:
+    many: dict[str, Any] = {"x": [[[]] * 1000] * 1000}
+    for hostile in (
+        Conversation(TALK, variables=many),
+        Conversation(TALK, tools=(many,)),
+        Conversation(({"role": "user", "content": ""},) * 100_000),
+    ):
+        with pytest.raises(InvalidInput, match="more than 200000 JSON values"):
+            sandbox.prompt(form("ok"), hostile)
 
 
 def test_a_killed_sandbox_is_restarted(sandbox: TemplateSandbox) -> None:
@@ -184,8 +241,8 @@ def test_a_template_that_sleeps_is_stopped_by_the_clock(
     process = process_of(sandbox)
     assert process is not None
     process.send_signal(signal.SIGSTOP)
-    monkeypatch.setattr("deltadock.inference.prompts.chat.WALL_SECONDS", 0.2)
-    with pytest.raises(InvalidInput, match="is refused for a minute"):
+    monkeypatch.setattr("deltadock.inference.prompts.chat.WALL_SECONDS", 2.0)
+    with pytest.raises(InvalidInput, match="more time or memory"):
         sandbox.prompt(form("b"), Conversation(TALK))
     monkeypatch.setattr("deltadock.inference.prompts.chat.WALL_SECONDS", 60.0)
     assert sandbox.prompt(form("c"), Conversation(TALK)) == "c"
