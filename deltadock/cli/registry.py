@@ -38,10 +38,11 @@ from deltadock.errors import Conflict, InvalidInput, NotFound, NotReady
 
 COMPARED_COLUMNS = 100
 """Of a comparison that goes to a pipe, in which answers would make long lines."""
+MOVES_SHOWN = 200
 
 if TYPE_CHECKING:
     from deltadock.client.blocking import Client
-    from deltadock.client.resources import Artifact, Delta, Metrics
+    from deltadock.client.resources import AliasMove, Artifact, Delta, Metrics, Model
 
 
 def ls(
@@ -288,49 +289,64 @@ def alias(
     model_name = name.partition("@")[0].partition(":")[0]
     with connect(url) as client:
         if history:
-            asked = (m for m in client.alias_moves(model_name) if alias in (None, m.alias))
-            moves = list(islice(asked, 200))
-            if as_json:
-                print_resources(moves)
-                return
-            print_table(
-                ("when", "alias", "from", "to", "by", "why"),
-                (
-                    (
-                        words.ago(move.at), move.alias, words.plain(move.from_version),
-                        words.plain(move.to_version), move.moved_by or "rule", move.reason,
-                    )
-                    for move in moves
-                ),
+            moves = (m for m in client.alias_moves(model_name) if alias in (None, m.alias))
+            none = (
                 f"No alias of {model_name} was moved yet."
                 if alias is None
-                else f"{model_name}@{alias} was not moved yet.",
-            )  # fmt: skip
-            return
-        if alias is None:
-            model = client.model(model_name)
+                else f"{model_name}@{alias} was not moved yet."
+            )
+            _print_moves(list(islice(moves, MOVES_SHOWN)), none, as_json=as_json)
+        elif alias is None:
+            _print_aliases(client.model(model_name), as_json=as_json)
         elif remove:
             client.remove_alias(model_name, alias)
-            model = client.model(model_name)
+            said = f"{model_name}@{alias} is removed."
+            _print_changed(client.model(model_name), said, as_json=as_json)
         else:
             delta = client.delta(name)
             model = client.move_alias(
                 delta.name, alias, delta.version, reason=reason, expected=expected
             )
+            said = f"{model_name}@{alias} means version {delta.version}."
+            _print_changed(model, said, as_json=as_json)
+
+
+def _print_moves(moves: "list[AliasMove]", none: str, *, as_json: bool) -> None:
+    if as_json:
+        print_resources(moves)
+        return
+    print_table(
+        ("when", "alias", "from", "to", "by", "why"),
+        (
+            (
+                words.ago(move.at), move.alias, words.plain(move.from_version),
+                words.plain(move.to_version), move.moved_by or "rule", move.reason,
+            )
+            for move in moves
+        ),
+        none,
+    )  # fmt: skip
+
+
+def _print_aliases(model: "Model", *, as_json: bool) -> None:
     if as_json:
         print_resources(model)
-    elif alias is not None:
-        say(f"{model_name}@{alias} is removed." if remove
-            else f"{model_name}@{alias} means version {delta.version}.")  # fmt: skip
+        return
+    print_table(
+        ("alias", "version", "moved"),
+        (
+            (found.alias, str(found.version), words.ago(found.moved_at))
+            for found in model.aliases or ()
+        ),
+        f"{model.name} has no alias yet: no version is ready.",
+    )
+
+
+def _print_changed(model: "Model", said: str, *, as_json: bool) -> None:
+    if as_json:
+        print_resources(model)
     else:
-        print_table(
-            ("alias", "version", "moved"),
-            (
-                (found.alias, str(found.version), words.ago(found.moved_at))
-                for found in model.aliases or ()
-            ),
-            f"{model_name} has no alias yet: no version is ready.",
-        )
+        say(said)
 
 
 def compare(
