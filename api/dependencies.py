@@ -20,6 +20,7 @@ from deltadock.api.fleet import Fleet
 from deltadock.api.job_watch import JobWatch
 from deltadock.api.storage_meter import StorageMeter
 from deltadock.api.tasks import TaskSender
+from deltadock.api.uploads.arrivals import Arrivals
 from deltadock.api.uploads.completion import Completer
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore, make_blob_store
@@ -56,6 +57,7 @@ class Resources:
     jobs: JobWatch
     """The jobs that clients follow."""
     storage: StorageMeter
+    arrivals: Arrivals
     completer: Completer
     keys: Authenticator
     sessions: Sessions
@@ -93,6 +95,7 @@ class Resources:
             ),
             fleet=Fleet(database),
             jobs=JobWatch(database),
+            arrivals=Arrivals(),
             completer=Completer(database, blobs, settings),
             storage=StorageMeter(database, blobs),
             keys=Authenticator(database, settings),

@@ -315,21 +315,24 @@ async def put_file(
                 announced = sum(file.size for file in upload.files if file.path == path)
                 room = Room(room.limit, room.used - announced)
             if length.isdecimal():
-                check_size(int(length), limit, room)
+                check_size(int(length), limit)
+                if room is not None:
+                    room.check(resources.arrivals.staged(caller.tenant_id) + int(length))
             return upload.kind, promised, room
 
     kind, promised, room = await run_in_threadpool(admit)
     inspector = make_inspector(kind, path)
     # No transaction is open during the transfer, which may take hours.
-    async with aclosing(body_of(request)) as pieces:
-        file, tensors = await receive_file(
-            pieces,
-            inspector,
-            resources.blobs,
-            limit=limit,
-            room=room,
-            announced=announced | promised,
-        )
+    with resources.arrivals.file(caller.tenant_id, room) as arrived:
+        async with aclosing(body_of(request)) as pieces:
+            file, tensors = await receive_file(
+                pieces,
+                inspector,
+                resources.blobs,
+                limit=limit,
+                announced=announced | promised,
+                arrived=arrived,
+            )
 
     def record() -> UploadFileRow:
         with resources.database.session_scope() as session:

@@ -4,7 +4,7 @@ import base64
 import codecs
 import hashlib
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from typing import Final, Protocol
 
@@ -12,7 +12,6 @@ import anyio
 from starlette.concurrency import run_in_threadpool
 
 from deltadock import words
-from deltadock.api.quotas import Room
 from deltadock.artifacts.checkpoint import FileEntry, FileInspector, TensorEntry, check_path
 from deltadock.compression.options import CALIBRATION_SUFFIXES, check_text_bytes
 from deltadock.errors import HashMismatch, InvalidCalibration, InvalidInput, TooLarge
@@ -104,17 +103,16 @@ async def receive_file(
     blobs: BlobStore,
     *,
     limit: int,
-    room: Room | None = None,
     announced: frozenset[str],
+    arrived: Callable[[int], None] = lambda _: None,
 ) -> tuple[FileEntry, list[TensorEntry]]:
     """Store `body` as a blob if it is valid; on any error nothing is stored.
 
     Bytes are read only after the previous ones are written, so TCP flow control slows a sender
-    that is faster than the store.
+    that is faster than the store. `arrived` is told how many, and may refuse them.
 
     Raises:
         TooLarge: more than `limit` bytes.
-        QuotaExceeded: more than the tenant has `room` for.
         HashMismatch: the bytes do not match an announced digest.
         ClientDisconnect: the client disconnected.
         InvalidInput: raised by the inspector.
@@ -130,7 +128,8 @@ async def receive_file(
     try:
         async for batch in _batches(body):
             received += sum(map(len, batch))
-            check_size(received, limit, room)
+            check_size(received, limit)
+            arrived(received)
             await run_in_threadpool(store, batch)
         file, tensors = inspector.finish()
         if announced - {file.sha256}:
@@ -197,12 +196,10 @@ async def receive_part(
             await run_in_threadpool(writer.discard)
 
 
-def check_size(size: int, limit: int, room: Room | None = None) -> None:
-    """Raise TooLarge over `limit`, and QuotaExceeded if the tenant has no `room`."""
+def check_size(size: int, limit: int) -> None:
+    """Raise TooLarge over `limit`."""
     if size > limit:
         raise TooLarge(f"The file is larger than {words.size(limit)}; upload it in smaller shards.")
-    if room is not None:
-        room.check(size)
 
 
 def announced_digests(content_digest: str | None, hex_digest: str | None) -> frozenset[str]:

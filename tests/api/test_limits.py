@@ -67,6 +67,46 @@ def test_bytes_are_checked_when_announced_and_while_they_arrive(api: Api, tenant
     assert tenant.checkpoint(weights(7, rows=1000))
 
 
+def test_files_that_arrive_at_once_are_within_the_quota_together(api: Api, tenant: Api) -> None:
+    limit(api, max_bytes=4 << 20)
+    data = bytes(3 << 20)
+    begun, leave = threading.Event(), threading.Event()
+
+    def stalled() -> Iterator[bytes]:
+        yield data[:-1]
+        begun.set()
+        leave.wait(30)
+
+    def whole() -> Iterator[bytes]:
+        yield data  # of unknown length, so that it is refused as its bytes arrive
+
+    path = f"/v1/uploads/{tenant.open_upload()}/files/"
+    answers: list[httpx.Response] = []
+
+    def send_slowly() -> None:
+        answers.append(tenant.client.put(f"{path}added_tokens.json", content=stalled()))
+
+    sender = threading.Thread(target=send_slowly)
+    sender.start()
+    assert begun.wait(30)
+    wait_until(lambda: tenant.resources.arrivals.staged(tenant_id(tenant)) > 2 << 20)
+    for content in (data, whole()):
+        refusal = tenant.client.put(f"{path}tokenizer.json", content=content)
+        refused(refusal, 403, "quota_exceeded")
+    assert len(api.staged()) == 1
+    leave.set()
+    sender.join()
+    assert answers[0].status_code == 200
+    assert tenant.resources.arrivals.staged(tenant_id(tenant)) == 0
+    tenant.client.delete(path.removesuffix("/files/")).raise_for_status()
+    assert tenant.put(tenant.open_upload(), "tokenizer.json", data).status_code == 200
+
+
+def tenant_id(tenant: Api) -> str:
+    acme: str = tenant.client.get("/v1/tenants/acme").json()["id"]
+    return acme
+
+
 def test_equal_announced_files_take_no_more_disk_than_the_quota(api: Api, tenant: Api) -> None:
     limit(api, max_bytes=70 << 20)
     file = {"size": 32 << 20, "sha256": "a" * 64}
