@@ -11,6 +11,7 @@ other. It holds no blobs; after a restore, `missing_blobs` lists those that the 
 import hashlib
 import json
 import os
+import uuid
 import zipfile
 from collections.abc import Iterator
 from datetime import datetime
@@ -33,6 +34,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 
 from deltadock.errors import Conflict, InvalidInput
+from deltadock.storage.blobs.local import NO_HARD_LINKS, sync_folder
 from deltadock.storage.database import Database, current_revision, head_revision, migrate
 from deltadock.storage.repositories.audit import record
 from deltadock.storage.tables import AuditAction, TableRow, UtcDateTime
@@ -48,22 +50,49 @@ Row = dict[str, Any]
 def backup(database: Database, path: Path) -> dict[str, int]:
     """Write every table at one moment to a new file; returns the number of rows by table.
 
-    The file has secrets of webhooks, so that only its owner may read it.
+    The file has secrets of webhooks, so that only its owner may read it. It is on the disk when
+    this returns.
 
     Raises:
         Conflict: the file exists, or the database is of another version of Deltadock.
     """
     check_revision(database)
-    partial = path.with_name(f"{path.name}.part")
+    # Of its own: another backup to this name may run at the same time.
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     if path.exists():
-        raise Conflict(f"{path} exists already. Choose another name; backups are not overwritten.")
+        raise _exists(path)
     try:
         with database.snapshot() as connection, _new_file(partial) as file:
             tables = _write(connection, file)
-        partial.replace(path)
+            file.flush()
+            os.fsync(file.fileno())
+        _name(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return {name: entry["rows"] for name, entry in tables.items()}
+
+
+def _name(partial: Path, path: Path) -> None:
+    """Give a file its name, durably.
+
+    Raises:
+        Conflict: another file has it.
+    """
+    try:
+        try:
+            os.link(partial, path)  # fails if it exists, unlike a rename
+        except OSError as error:
+            if error.errno not in NO_HARD_LINKS:
+                raise
+            _new_file(path).close()
+            partial.replace(path)
+    except FileExistsError as error:
+        raise _exists(path) from error
+    sync_folder(path.parent)
+
+
+def _exists(path: Path) -> Conflict:
+    return Conflict(f"{path} exists already. Choose another name; backups are not overwritten.")
 
 
 def check_revision(database: Database) -> None:
@@ -81,7 +110,7 @@ def check_revision(database: Database) -> None:
 
 
 def _new_file(path: Path) -> IO[bytes]:
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
 
 
 def _write(connection: Connection, file: IO[bytes]) -> dict[str, Row]:

@@ -5,6 +5,7 @@ once, so that an interrupted compression resumes; the artifact's bytes do not de
 """
 
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
@@ -64,7 +65,8 @@ def compress(
     info, goal = options.check()
     sources = [Source(calibration)] if isinstance(calibration, Path) else list(calibration or ())
     reporter = ProgressReporter(progress)
-    unfinished = out.with_name(out.name + ".unfinished")
+    # Of its own: another compression to this file may run at the same time.
+    unfinished = out.with_name(f"{out.name}.{uuid.uuid4().hex}.unfinished")
     try:
         if info.imports_adapter:
             report = import_adapter(

@@ -170,7 +170,7 @@ class LocalBlobStore(BlobStore):
             # A rename, since nodes and workers may have hard links to the damaged bytes.
             if not self.is_intact(digest, alive):
                 staged.replace(target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
 
     def _place(self, digest: str, target: Path) -> None:
         source = self.path(digest)
@@ -214,7 +214,7 @@ class _LocalWriter(BlobWriter):
             log.warning("staged_file_not_dropped", file=self._path.name, error=str(error))
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a new name in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -106,6 +106,25 @@ def test_exact_is_lossless(pair: Pair, text: Path, tmp_path: Path) -> None:
         assert torch.equal(merged[name], tensor), name
 
 
+def test_two_compressions_to_one_file_do_not_share_an_unfinished_one(
+    pair: Pair, text: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    out, options = folder / "a.delta", CompressOptions(method="exact")
+    others = []
+
+    def compress_too(_: Progress) -> None:
+        if not others and [*folder.iterdir()]:
+            others.append(compress(*pair, out, options, calibration=[Source(text)]))
+
+    compress(*pair, out, options, calibration=[Source(text)], progress=compress_too)
+    assert len(others) == 1
+    assert [path.name for path in folder.iterdir()] == ["a.delta"]
+    with Artifact(out) as artifact:
+        assert list(artifact.damaged()) == []
+
+
 def test_evaluation_equals_plain_transformers(pair: Pair, text: Path, tmp_path: Path) -> None:
     base, finetuned = pair
     compress(base, finetuned, tmp_path / "a.delta", CompressOptions(), calibration=[Source(text)])

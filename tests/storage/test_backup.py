@@ -1,15 +1,19 @@
 """A backup moves every row between databases; damaged, foreign and unsafe ones are refused."""
 
+import errno
 import json
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from stat import S_ISDIR
+from typing import IO, Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import Connection, select
 
 from deltadock.errors import Conflict, InvalidInput
+from deltadock.storage import backup as backup_module
 from deltadock.storage.backup import backup, restore
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.database import Database, migrate
@@ -126,6 +130,53 @@ def test_no_file_is_overwritten(on_sqlite: Database, tmp_path: Path) -> None:
     with pytest.raises(Conflict, match="exists already"):
         backup(on_sqlite, tmp_path / "x")
     assert (tmp_path / "x").read_text() == "mine"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_backups_to_one_name_the_one_that_is_reported_stays(
+    on_sqlite: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    file = tmp_path / "x"
+    write = backup_module._write
+    seen: list[bytes] = []
+
+    def write_slowly(connection: Connection, stream: IO[bytes]) -> dict[str, Any]:
+        """While it runs, a whole backup is made."""
+        monkeypatch.setattr(backup_module, "_write", write)
+        backup(on_sqlite, file)
+        seen.append(file.read_bytes())
+        return write(connection, stream)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no hard links")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(backup_module, "_write", write_slowly)
+    with pytest.raises(Conflict, match="exists already"):
+        backup(on_sqlite, file)
+    assert [file.read_bytes()] == seen
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert restore(f"sqlite:///{tmp_path / 'new.db'}", file)
+
+
+def test_a_backup_is_on_the_disk_before_it_has_its_name(
+    on_sqlite: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "x"
+    synced: list[tuple[bool, int, bool]] = []
+    fsync = os.fsync
+
+    def spy(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        synced.append((S_ISDIR(status.st_mode), status.st_size, file.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    backup(on_sqlite, file)
+    (of_file, size, named), (of_folder, _, was_named) = synced
+    assert (of_file, size, named) == (False, file.stat().st_size, False)
+    assert (of_folder, was_named) == (True, True)
 
 
 def test_a_database_of_another_revision_is_not_backed_up(tmp_path: Path) -> None:
