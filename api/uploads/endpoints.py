@@ -234,7 +234,7 @@ def list_parts(
 @router.put(
     "/{upload_id}/files/{path:path}/parts/{number}",
     openapi_extra=BINARY_BODY,
-    responses=problems(NotFound, Conflict, HashMismatch, InvalidInput, StorageFull),
+    responses=problems(NotFound, Conflict, HashMismatch, InvalidInput, StorageFull, Unavailable),
 )
 async def put_part(
     *,
@@ -265,8 +265,10 @@ async def put_part(
         return kind, file
 
     kind, file = await run_in_threadpool(admit)
-    async with aclosing(body_of(request)) as pieces:
-        size = await receive_part(pieces, file, number, announced)
+    in_memory = file.part_size(number) if file.sent_whole else 0
+    with resources.arrivals.memory(caller.tenant_id, in_memory):
+        async with aclosing(body_of(request)) as pieces:
+            size = await receive_part(pieces, file, number, announced)
     resources.completer.ahead.arrived(kind, path, file)
     return PartOut(number=number, size=size)
 
@@ -285,6 +287,7 @@ async def put_part(
         HashMismatch,
         StorageFull,
         QuotaExceeded,
+        Unavailable,
     ),
 )
 async def put_file(
@@ -323,7 +326,13 @@ async def put_file(
     kind, promised, room = await run_in_threadpool(admit)
     inspector = make_inspector(kind, path)
     # No transaction is open during the transfer, which may take hours.
-    with resources.arrivals.file(caller.tenant_id, room) as arrived:
+    in_memory = resources.blobs.buffer_bytes
+    if length.isdecimal():
+        in_memory = min(in_memory, int(length))
+    with (
+        resources.arrivals.memory(caller.tenant_id, in_memory),
+        resources.arrivals.file(caller.tenant_id, room) as arrived,
+    ):
         async with aclosing(body_of(request)) as pieces:
             file, tensors = await receive_file(
                 pieces,

@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from deltadock import words
 from deltadock.artifacts.checkpoint import FileEntry, FileInspector, TensorEntry, check_path
 from deltadock.compression.options import CALIBRATION_SUFFIXES, check_text_bytes
-from deltadock.errors import HashMismatch, InvalidCalibration, InvalidInput, TooLarge
+from deltadock.errors import HashMismatch, InvalidCalibration, InvalidInput, TooLarge, Unavailable
 from deltadock.storage.blobs import BlobStore, PartedFile
 from deltadock.storage.blobs.writer import Chunk
 from deltadock.storage.tables import UploadKind
@@ -26,6 +26,9 @@ BATCH_CHUNKS: Final = 64
 
 MAX_CALIBRATION_BYTES: Final = 64 << 20
 """Workers read a text into memory; this is many times what calibration uses."""
+
+BODY_SECONDS: Final = 120.0
+"""A body of which no piece (up to a MiB) arrives for so long is given up."""
 
 _OTHER: Final = r"[a-z][a-z0-9-]*=:[A-Za-z0-9+/]*={0,2}:"
 CONTENT_DIGEST_PATTERN: Final = (
@@ -115,6 +118,7 @@ async def receive_file(
         TooLarge: more than `limit` bytes.
         HashMismatch: the bytes do not match an announced digest.
         ClientDisconnect: the client disconnected.
+        Unavailable: the client sends nothing any more.
         InvalidInput: raised by the inspector.
     """
     writer = await run_in_threadpool(blobs.writer)
@@ -150,7 +154,15 @@ async def _batches(body: AsyncIterator[Chunk]) -> AsyncIterator[list[Chunk]]:
     """The body's chunks, as many together as make `BATCH_BYTES`."""
     batch: list[Chunk] = []
     size = 0
-    async for chunk in body:
+    while True:
+        with anyio.move_on_after(BODY_SECONDS) as waiting:
+            chunk = await anext(body, None)
+        if waiting.cancelled_caught:
+            raise Unavailable(
+                f"The body stopped arriving: nothing came for {BODY_SECONDS:g} s. Send it again."
+            )
+        if chunk is None:
+            break
         batch.append(chunk)
         size += len(chunk)
         if size >= BATCH_BYTES or len(batch) == BATCH_CHUNKS:
@@ -169,6 +181,7 @@ async def receive_part(
         HashMismatch: the bytes do not match an announced digest.
         Conflict, NotFound: the part has another size, or the file takes no more parts.
         ClientDisconnect: the client disconnected.
+        Unavailable: the client sends nothing any more.
     """
     writer = await run_in_threadpool(file.writer, number)
     digest = hashlib.sha256() if announced else None

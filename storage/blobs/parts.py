@@ -69,6 +69,8 @@ class PartedFile(ABC):
 
     token: str
     """Names it in the store, together with its upload."""
+    sent_whole = False
+    """Whether a writer holds its part in memory until it has all of it."""
 
     def __init__(self, size: int, part_bytes: int) -> None:
         self.size = size

@@ -77,6 +77,9 @@ class BlobStore(ABC):
     and leaves nothing half-made.
     """
 
+    buffer_bytes = 0
+    """What a writer holds in memory at most, until it sends that."""
+
     @abstractmethod
     def prepare(self) -> None:
         """Create the folder or bucket if it does not exist, and find out what it can do."""

@@ -31,6 +31,7 @@ from deltadock.storage.blobs.s3_client import (
     CONFLICT,
     EXISTS,
     MISSING,
+    as_body,
     code_of,
     make_client,
     read_object,
@@ -60,7 +61,7 @@ class S3BlobStore(BlobStore):
 
     def __init__(self, settings: Settings) -> None:
         self.bucket = settings.s3_bucket
-        self.part_bytes = max(MIN_PART_BYTES, math.ceil(settings.max_file_bytes / MAX_PARTS))
+        self.buffer_bytes = max(MIN_PART_BYTES, math.ceil(settings.max_file_bytes / MAX_PARTS))
         self.client = make_client(settings, settings.s3_endpoint_url)
         # Signs URLs for the host that clients use.
         self.signer: S3Client | None = None
@@ -285,26 +286,26 @@ class _S3Writer(BlobWriter):
     def write(self, *chunks: Chunk) -> None:
         for chunk in chunks:
             self._buffer += chunk
-        while len(self._buffer) >= self._store.part_bytes:
-            self._send_part(bytes(self._buffer[: self._store.part_bytes]))
-            del self._buffer[: self._store.part_bytes]
+        size = self._store.buffer_bytes
+        while len(self._buffer) >= size:
+            part, self._buffer = self._buffer[:size], self._buffer[size:]
+            self._send_part(part)
 
     def commit(self, digest: str, alive: Callable[[], None] = nobody_waits) -> None:
         if self._upload_id is None:
-            body = bytes(self._buffer)
             self._store.create(
                 digest,
                 partial(
                     self._client.put_object,
                     Bucket=self._store.bucket,
                     Key=blob_key(digest),
-                    Body=body,
+                    Body=as_body(self._buffer),
                 ),
                 alive,
             )
             return
         if self._buffer:
-            self._send_part(bytes(self._buffer))
+            self._send_part(self._buffer)
         with s3_errors():
             self._client.complete_multipart_upload(
                 Bucket=self._store.bucket,
@@ -324,7 +325,7 @@ class _S3Writer(BlobWriter):
             self._store.drop(self._key)
         self._upload_id, self._staged = None, False
 
-    def _send_part(self, data: bytes) -> None:
+    def _send_part(self, data: bytearray) -> None:
         with s3_errors():
             if self._upload_id is None:
                 self._upload_id = self._client.create_multipart_upload(
@@ -336,7 +337,7 @@ class _S3Writer(BlobWriter):
                 Key=self._key,
                 UploadId=self._upload_id,
                 PartNumber=number,
-                Body=data,
+                Body=as_body(data),
             )
             self._parts.append({"PartNumber": number, "ETag": part["ETag"]})
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 import boto3
 from boto3.exceptions import Boto3Error
@@ -99,6 +99,11 @@ def read_object(
                     "The object store keeps breaking off a file; try again shortly."
                 ) from error
             time.sleep(random.uniform(0, 2**breaks / 4))
+
+
+def as_body(buffer: bytearray) -> bytes:
+    """A request's body that is not copied: boto3 takes bytearrays, which its types do not say."""
+    return cast("bytes", buffer)
 
 
 def code_of(error: ClientError) -> str:

@@ -9,7 +9,7 @@ from botocore.exceptions import ClientError
 
 from deltadock.errors import Conflict, NotFound
 from deltadock.storage.blobs.parts import PartedFile, PartWriter
-from deltadock.storage.blobs.s3_client import MISSING, code_of, s3_errors
+from deltadock.storage.blobs.s3_client import MISSING, as_body, code_of, s3_errors
 from deltadock.storage.blobs.writer import Chunk
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ GONE: Final = "The file's parts are no longer stored; send the file again."
 
 class S3PartedFile(PartedFile):
     """A multipart upload; once sealed, an object under parts/. The token names both."""
+
+    sent_whole = True
 
     def __init__(
         self, store: "S3BlobStore", prefix: str, token: str, size: int, part_bytes: int
@@ -155,7 +157,7 @@ class _S3PartWriter(PartWriter):
                     Key=file.key,
                     UploadId=file.upload_id,
                     PartNumber=self.number,
-                    Body=bytes(self._buffer),
+                    Body=as_body(self._buffer),
                 )
             except ClientError as error:
                 if code_of(error) in MISSING and file.arrived():

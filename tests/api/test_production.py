@@ -1,5 +1,7 @@
 """The api on Postgres and S3, from upload to download."""
 
+import random
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,6 +10,7 @@ import httpx
 import pytest
 
 from deltadock.api.main import create_app
+from deltadock.api.uploads import arrivals
 from deltadock.client.blocking import Client
 from deltadock.settings import Settings
 from deltadock.storage.blobs import parts
@@ -76,6 +79,34 @@ def test_a_rejected_file_is_not_stored(api: Api) -> None:
     assert answer.json()["code"] == "hash_mismatch"
     assert not api.resources.blobs.exists(sha256(TEXT))
     assert api.client.get(f"/v1/uploads/{upload}").json()["files"] == []
+
+
+def test_parts_in_memory_are_bounded(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = parts.MIN_PART_BYTES
+    monkeypatch.setattr(arrivals, "MEMORY_BYTES", 2 * part)
+    data = random.randbytes(part + 1000)
+    upload = api.announce({"tokenizer.json": data})["id"]
+    begun, leave = threading.Event(), threading.Event()
+
+    def stalled() -> Iterator[bytes]:
+        yield data[: part - 1]
+        begun.set()
+        leave.wait(30)
+        yield data[part - 1 : part]
+
+    url = f"/v1/uploads/{upload}/files/tokenizer.json/parts"
+    with ThreadPoolExecutor(1) as pool:
+        headers = {"Content-Length": str(part)}
+        first = pool.submit(api.client.put, f"{url}/1", content=stalled(), headers=headers)
+        assert begun.wait(30)
+        try:
+            second = api.put_part(upload, "tokenizer.json", 2, data[part:])
+            assert (second.status_code, second.json()["code"]) == (503, "unavailable")
+            assert second.headers["retry-after"] == "5"
+        finally:
+            leave.set()
+        assert first.result().status_code == 200
+    assert api.put_part(upload, "tokenizer.json", 2, data[part:]).status_code == 200
 
 
 def test_ids_that_postgres_rejects_are_invalid_input(api: Api) -> None:

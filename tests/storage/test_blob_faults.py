@@ -49,7 +49,7 @@ class TestObjectStore:
     def store(self, proxy: FaultyProxy, s3_bucket: dict[str, str]) -> Iterator[S3BlobStore]:
         store = make_blob_store(Settings.model_validate(s3_bucket | {"s3_endpoint_url": proxy.url}))
         assert isinstance(store, S3BlobStore)
-        store.part_bytes = PART_BYTES
+        store.buffer_bytes = PART_BYTES
         store.prepare()
         yield store
         assert leftovers(store) == []
@@ -215,7 +215,7 @@ class TestObjectStore:
         proxy.faults = [Fault("PUT", "staging/", status=501, code="NotImplemented")]
         store = make_blob_store(Settings.model_validate(s3_bucket | {"s3_endpoint_url": proxy.url}))
         assert isinstance(store, S3BlobStore)
-        store.part_bytes = PART_BYTES
+        store.buffer_bytes = PART_BYTES
         with capture_logs() as logs:
             store.prepare()
         assert [entry["event"] for entry in logs] == ["s3_without_conditional_writes"]
@@ -399,7 +399,7 @@ def test_of_two_writers_of_one_blob_one_wins(
     fields = {} if kind == "local" else request.getfixturevalue("s3_bucket")
     store: BlobStore = make_blob_store(Settings.model_validate({"home": tmp_path, **fields}))
     if isinstance(store, S3BlobStore):
-        store.part_bytes = PART_BYTES
+        store.buffer_bytes = PART_BYTES
     store.prepare()
     data = bytes(size)
     digest = hashlib.sha256(data).hexdigest()

@@ -8,7 +8,9 @@ from pathlib import Path
 import anyio
 import pytest
 
+from deltadock.api.uploads import receive
 from deltadock.api.uploads.receive import BATCH_BYTES, make_inspector, receive_file
+from deltadock.errors import Unavailable
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.blobs.writer import Chunk
 from deltadock.storage.tables import UploadKind
@@ -84,4 +86,26 @@ def test_cancelling_leaves_no_staging_file(tmp_path: Path) -> None:
         return scope.cancelled_caught
 
     assert anyio.run(receive)
+    assert list((tmp_path / "staging").iterdir()) == []
+
+
+def test_a_body_that_stops_arriving_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receive, "BODY_SECONDS", 0.2)
+    store = LocalBlobStore(tmp_path)
+
+    async def body() -> AsyncIterator[bytes]:
+        yield bytes(BATCH_BYTES)
+        await anyio.sleep(0.1)  # slow, but not stopped
+        yield bytes(BATCH_BYTES)
+        await anyio.sleep_forever()
+
+    async def receive_it() -> None:
+        inspector = make_inspector(UploadKind.CHECKPOINT, "tokenizer.json")
+        with anyio.fail_after(10):
+            await receive_file(body(), inspector, store, limit=10**9, announced=frozenset())
+
+    with pytest.raises(Unavailable, match="stopped arriving"):
+        anyio.run(receive_it)
     assert list((tmp_path / "staging").iterdir()) == []
