@@ -328,5 +328,5 @@ def retry_job(job_id: JobId, caller: CallerDep, unit: WriteUnit, resources: Reso
         raise Conflict(
             f"Job {job_id} is {job.state}: only a failed or cancelled job can be retried."
         )
-    unit.after_commit.append(partial(resources.tasks.send_compress, job_id, job.priority))
+    unit.after_commit.append(partial(resources.tasks.send_compress, job_id))
     return describe_jobs(unit.session, caller.tenant_id, [_existing(jobs.find(job_id), job_id)])[0]

@@ -7,7 +7,6 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 
 from deltadock.errors import Unavailable
-from deltadock.storage.tables import JobPriority
 from deltadock.tracing import trace_headers
 
 log = structlog.get_logger(__name__)
@@ -34,7 +33,7 @@ class TaskSender:
             },
         )
 
-    def send_compress(self, job_id: str, priority: JobPriority) -> None:
+    def send_compress(self, job_id: str) -> None:
         """Send the job's task; call this only after the job's row is committed.
 
         Raises nothing if the broker does not answer: the job stays queued and the sweeper re-sends
@@ -45,7 +44,6 @@ class TaskSender:
                 COMPRESS_TASK,
                 args=[job_id],
                 queue=GPU_QUEUE,
-                priority=priority.broker_priority,
                 headers=trace_headers(),
                 retry=True,
                 retry_policy=RETRY,

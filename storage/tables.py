@@ -77,19 +77,11 @@ class JobState(StrEnum):
 
 
 class JobPriority(StrEnum):
-    """Order in which queued jobs start; jobs of one priority start in the order they were sent.
-
-    Jobs that a worker has begun and left come before all of them.
-    """
+    """Order in which a tenant's queued jobs start; equal ones start as they were sent."""
 
     HIGH = "high"
     NORMAL = "normal"
     LOW = "low"
-
-    @property
-    def broker_priority(self) -> int:
-        """Celery's priority on Redis: 0, that of begun jobs, is first; steps are three apart."""
-        return 3 * (1 + list(JobPriority).index(self))
 
 
 class WebhookEvent(StrEnum):
@@ -613,7 +605,12 @@ class JobRow(TableRow):
             "tenant_id", "state", "created_at", "delta_id",
         ),
         # The queue.
-        Index("ix_jobs_state_priority_sent_at_id", "state", "priority", "sent_at", "id"),
+        Index("ix_jobs_state_priority", "state", "priority"),
+        Index(
+            "ix_jobs_tenant_id_state_priority_sent_at_id",
+            "tenant_id", "state", "priority", "sent_at", "id",
+        ),
+        Index("ix_jobs_tenant_id_started_at", "tenant_id", "started_at"),
         Index(
             "ix_jobs_begun_sent_at_id", "sent_at", "id",
             **_only("started_at IS NOT NULL AND finished_at IS NULL"),

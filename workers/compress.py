@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 import structlog
 
@@ -76,7 +76,7 @@ class Outcome(Enum):
     """How a task ended."""
 
     SKIPPED = auto()
-    """Another worker holds the job, or it had ended."""
+    """Another worker has taken the job over, or it had ended."""
     READY = auto()
     """The artifact is stored."""
     FINISHED = auto()
@@ -84,20 +84,32 @@ class Outcome(Enum):
     STOPPED = auto()
     """The worker is shutting down."""
     LATER = auto()
-    """After a retryable error, the sweeper re-sends the job."""
+    """After a retryable error, a worker takes the job again."""
 
 
-def compress_job(job_id: str, context: WorkerContext) -> Outcome:
-    """Run the job unless another worker holds it; every failure is recorded in its row."""
+class Taken(NamedTuple):
+    """A job that this worker has acquired."""
+
+    job: JobRow
+    """With its delta and base."""
+    owner: str
+    """Of its lease."""
+
+
+def take_job(context: WorkerContext) -> Taken | None:
+    """Acquire the waiting job whose turn it is; None if no job waits."""
     owner = new_owner()
-    seconds = context.settings.lease_seconds
     with context.database.session_scope() as session:
-        job = JobRepository(session, EVERY_TENANT).acquire(job_id, owner, seconds)
+        jobs = JobRepository(session, EVERY_TENANT)
+        job = jobs.acquire_next(owner, context.settings.lease_seconds)
+    return None if job is None else Taken(job, owner)
+
+
+def compress_job(taken: Taken, context: WorkerContext) -> Outcome:
+    """Run the job; every failure is recorded in its row."""
+    job, owner = taken
+    job_id, seconds = job.id, context.settings.lease_seconds
     with structlog.contextvars.bound_contextvars(job=job_id):
-        if job is None:
-            log.info("job_skipped")
-            JOBS.labels(Outcome.SKIPPED.name.lower()).inc()
-            return Outcome.SKIPPED
         log.info("job_acquired", attempt=job.attempt)
         with Lease(context.database, job_id, owner, seconds) as lease, RUNNING.track_inprogress():
             outcome = _run_and_record(job, lease, context)

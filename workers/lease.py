@@ -179,6 +179,8 @@ class Lease:
             JobRepository(session, EVERY_TENANT).release(self.job_id, self.owner)
 
     def expire(self, error: DeltadockError) -> None:
-        """Let the lease expire now after `error`, so that the sweeper re-sends the job."""
+        """Let the lease expire soon after `error`, so that a worker begins the next attempt."""
         with self._database.session_scope() as session:
-            JobRepository(session, EVERY_TENANT).expire(self.job_id, self.owner, error.message)
+            JobRepository(session, EVERY_TENANT).expire(
+                self.job_id, self.owner, error.message, wait_seconds=self._seconds / 2
+            )

@@ -21,7 +21,6 @@ from deltadock.storage.repositories import (
     WebhookRepository,
 )
 from deltadock.storage.repositories.uploads import UNFINISHED
-from deltadock.storage.tables import JobPriority
 from deltadock.storage.tenancy import EVERY_TENANT
 from deltadock.workers.compress import WorkerContext
 from deltadock.workers.files import drop_unneeded
@@ -31,8 +30,8 @@ QUEUED_SECONDS: Final = 120.0
 """A task not taken by any worker for this long is presumed lost."""
 ABANDONED_PER_SWEEP: Final = 1000
 
-Send = Callable[[str, JobPriority | None], None]
-"""Enqueues a job's task: by its priority, or before all others."""
+Send = Callable[[str], None]
+"""Enqueues a job's task."""
 
 log = structlog.get_logger(__name__)
 
@@ -43,23 +42,16 @@ def resend_lost(
     queue_is_empty: Callable[[], bool],
     queued_seconds: float = QUEUED_SECONDS,
 ) -> list[str]:
-    """Re-send the tasks of jobs that a worker has lost, then of other stale jobs.
+    """Re-send the tasks of stale jobs, once no task waits; returns the jobs' ids.
 
-    A lost job is sent once, before all that wait. The others only if the queue is empty or has let
-    tasks pass that were behind theirs: otherwise their messages may still be waiting in it, and
-    every sweep would enqueue them again.
-
-    Returns:
-        The jobs' ids.
+    While one does, the worker that takes it takes the job whose turn it is, whichever that is.
     """
+    if not queue_is_empty():
+        return []
     with context.database.read_scope() as session:
-        jobs = JobRepository(session, EVERY_TENANT)
-        lost: dict[str, JobPriority | None] = dict.fromkeys(jobs.lost())
-        for job in jobs.stale(queued_seconds=queued_seconds, overtaken=not queue_is_empty()):
-            lost.setdefault(job.id, None if job.started_at else job.priority)
-    for job_id, priority in lost.items():
-        send(job_id, priority)
-        # A task that is sent twice, as the worker dies here, does nothing the second time.
+        lost = JobRepository(session, EVERY_TENANT).stale(queued_seconds=queued_seconds)
+    for job_id in lost:
+        send(job_id)
         with context.database.session_scope() as session:
             JobRepository(session, EVERY_TENANT).mark_sent(job_id)
     return list(lost)

@@ -9,10 +9,9 @@ from celery import signals
 from kombu.exceptions import ChannelError
 from opentelemetry.trace import SpanKind
 
-from deltadock.storage.tables import JobPriority
 from deltadock.tracing import span, trace_headers
 from deltadock.workers.app import GPU_QUEUE, app
-from deltadock.workers.compress import Outcome, compress_job, get_context
+from deltadock.workers.compress import Outcome, compress_job, get_context, take_job
 from deltadock.workers.lease import STOPPING
 from deltadock.workers.metrics import serving_metrics
 from deltadock.workers.sweeper import Periodic, collect, resend_lost, show_alive, sweep
@@ -20,29 +19,32 @@ from deltadock.workers.webhooks import POLL_SECONDS, deliver_due
 
 log = structlog.get_logger(__name__)
 
-BEGUN: Final = 0
-"""Broker priority of jobs that a worker has left, so that they keep their place."""
-
 
 @app.task(name="deltadock.compress", bind=True)
 def compress(task: Any, job_id: str) -> None:
-    """Compress the delta of this job, unless another worker does or it has ended."""
+    """Compress the delta of the waiting job whose turn it is.
+
+    The queue has a task for each job that waits: `job_id` is the job that this one was sent for.
+    """
+    context = get_context()
+    taken = take_job(context)
+    if taken is None:
+        return
     with span(
         "compress",
         SpanKind.CONSUMER,
-        attributes={"deltadock.job": job_id},
-        carrier=task.request.headers,
+        attributes={"deltadock.job": taken.job.id},
+        carrier=task.request.headers if taken.job.id == job_id else None,
     ):
-        outcome = compress_job(job_id, get_context())
+        outcome = compress_job(taken, context)
         if outcome is Outcome.STOPPED:
             # Another worker can start at once, without waiting for the sweeper.
-            compress.apply_async((job_id,), priority=BEGUN, headers=trace_headers())
+            compress.apply_async((taken.job.id,), headers=trace_headers())
 
 
-def send_compress(job_id: str, priority: JobPriority | None) -> None:
-    """Enqueue the job's task; without a priority, before all others."""
-    broker_priority = BEGUN if priority is None else priority.broker_priority
-    compress.apply_async((job_id,), priority=broker_priority)
+def send_compress(job_id: str) -> None:
+    """Enqueue the job's task."""
+    compress.apply_async((job_id,))
 
 
 def gpu_queue_is_empty(broker_url: str | None = None) -> bool:
@@ -78,8 +80,7 @@ def _start_sweeping(**_: object) -> None:
     context = get_context()
     context.blobs.prepare()
     _until_shutdown.enter_context(serving_metrics(context.settings))
-    # Not in the sweeper's thread: this signal returns before Celery takes the first task, and lost
-    # jobs go before those that only wait.
+    # Not in the sweeper's thread: this signal returns before Celery takes the first task.
     try:
         resend_lost(context, send_compress, gpu_queue_is_empty)
     except Exception:  # the sweeper tries again

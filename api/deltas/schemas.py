@@ -185,7 +185,8 @@ class DeltaIn(GoalFields):
         default="exact", description="Solver of the bit allocation; both find the same optimum."
     )
     priority: Annotated[JobPriority, Strict(False)] = Field(
-        default=JobPriority.NORMAL, description="Of its job in the queue; changes no result."
+        default=JobPriority.NORMAL,
+        description="Of its job among the tenant's in the queue; changes no result.",
     )
     parent: str | None = Field(
         default=None,

@@ -125,9 +125,7 @@ def request_delta(
         check_job(session, tenant_id, more=1)
         ended.job.priority = body.priority
         JobRepository(session, tenant_id).retry(ended.job.id)
-        unit.after_commit.append(
-            partial(resources.tasks.send_compress, ended.job.id, body.priority)
-        )
+        unit.after_commit.append(partial(resources.tasks.send_compress, ended.job.id))
         return require_delta(session, tenant_id, ended.id), True
     delta = deltas.add(
         name=body.name,
@@ -151,7 +149,7 @@ def request_delta(
         deltas.share_result(delta, ready)
         WebhookRepository(session, tenant_id).publish_outcome(delta)
         return require_delta(session, tenant_id, delta.id), False
-    unit.after_commit.append(partial(resources.tasks.send_compress, delta.job.id, body.priority))
+    unit.after_commit.append(partial(resources.tasks.send_compress, delta.job.id))
     return require_delta(session, tenant_id, delta.id), True
 
 

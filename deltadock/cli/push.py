@@ -99,7 +99,7 @@ def push(
     ] = None,
     seed: Seed = 0,
     priority: Annotated[
-        Literal["high", "normal", "low"], typer.Option(help="Of the job in the queue.")
+        Literal["high", "normal", "low"], typer.Option(help="Of the job among your own.")
     ] = "normal",
     parent: Annotated[
         str | None, typer.Option(help="The delta whose fine-tune this one continues.")

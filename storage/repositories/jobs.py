@@ -1,13 +1,14 @@
 """Jobs: every state transition is a compare-and-set; workers' updates require the lease."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
+    Row,
     and_,
     delete,
-    false,
     func,
     insert,
     or_,
@@ -32,6 +33,7 @@ from deltadock.storage.tables import (
     JobPriority,
     JobRow,
     JobState,
+    TenantRow,
 )
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
@@ -46,6 +48,9 @@ TRIED_AGAIN: Final = "to be tried again"
 
 _BEGUN: Final = and_(JobRow.started_at.is_not(None), JobRow.finished_at.is_(None))
 """Jobs that a worker has begun and none has ended; they have an index."""
+
+
+NEVER: Final = datetime.min.replace(tzinfo=UTC)
 
 
 class JobProgress(NamedTuple):
@@ -119,23 +124,51 @@ class JobRepository:
     def positions(self, jobs: Iterable[JobRow | ShownJob]) -> dict[str, int]:
         """Places in the queue of all tenants, 1 being next, by the ids of the jobs that wait.
 
-        Jobs that a worker has begun and left are first. All behind the first `MAX_POSITION` have
-        the place after these.
+        All behind the first `MAX_POSITION` have the place after these.
         """
         waiting = {job.id for job in jobs if job.state in RUNNING_ORDER and job.lease_owner is None}
-        queue: list[str] = []
-        new = and_(JobRow.state == JobState.QUEUED, JobRow.started_at.is_(None))
-        for turn in (_BEGUN, *(and_(new, JobRow.priority == one) for one in JobPriority)):
-            if waiting.issubset(queue):
-                break
-            queue += self.session.scalars(
-                select(JobRow.id)
-                .where(turn, JobRow.lease_owner.is_(None))
-                .order_by(JobRow.sent_at, JobRow.id)
-                .limit(MAX_POSITION - len(queue))
-            )
+        queue = self._queue(MAX_POSITION) if waiting else []
         places = {job_id: place for place, job_id in enumerate(queue, start=1)}
         return {job_id: places.get(job_id, MAX_POSITION + 1) for job_id in waiting}
+
+    def _queue(self, limit: int) -> list[str]:
+        """Ids of the first waiting jobs, in the order in which workers take them.
+
+        Jobs that a worker has begun and left are first. The others' tenants take turns: the one
+        with the fewest jobs at work is next, then the one whose last job started longest ago. A
+        tenant's own jobs go by priority, then by when they were sent.
+        """
+        now = database_now(self.session)
+        free = or_(JobRow.lease_owner.is_(None), JobRow.lease_expires_at <= now)
+        begun = self.session.scalars(
+            select(JobRow.id).where(_BEGUN, free).order_by(JobRow.sent_at, JobRow.id).limit(limit)
+        ).all()
+        working = Counter(
+            self.session.scalars(
+                select(JobRow.tenant_id).where(_BEGUN, JobRow.lease_expires_at > now)
+            )
+        )
+        of_tenant = JobRow.tenant_id == TenantRow.id
+        new = and_(JobRow.state == JobState.QUEUED, JobRow.started_at.is_(None))
+        served = select(func.max(JobRow.started_at)).where(of_tenant).scalar_subquery()
+        tenants = self.session.execute(
+            select(TenantRow.id, served.label("served")).where(
+                select(JobRow.id).where(of_tenant, new).exists()
+            )
+        )
+        turns = []
+        for tenant in tenants:
+            queued: list[Row[tuple[str, datetime]]] = []
+            for priority in JobPriority:  # each is a walk along an index
+                queued += self.session.execute(
+                    select(JobRow.id, JobRow.sent_at)
+                    .where(JobRow.tenant_id == tenant.id, new, JobRow.priority == priority)
+                    .order_by(JobRow.sent_at, JobRow.id)
+                    .limit(limit - len(queued))
+                )
+            for turn, job in enumerate(queued, start=working[tenant.id]):
+                turns.append((turn, tenant.served or NEVER, job.sent_at, job.id))
+        return [*begun, *(job_id for *_, job_id in sorted(turns))][:limit]
 
     def retry(self, job_id: str) -> bool:
         """Queue a failed or cancelled job again; False if it is in another state."""
@@ -194,6 +227,13 @@ class JobRepository:
             .order_by(JobLogRow.id)
             .limit(limit)
         ).all()
+
+    def acquire_next(self, owner: str, lease_seconds: float) -> JobRow | None:
+        """As `acquire`, of the waiting job whose turn it is; None if no job waits."""
+        while queue := self._queue(1):
+            if (job := self.acquire(queue[0], owner, lease_seconds)) is not None:
+                return job  # else another worker was faster
+        return None
 
     def acquire(self, job_id: str, owner: str, lease_seconds: float) -> JobRow | None:
         """Acquire the lease for `owner`; returns the job with its delta and base loaded.
@@ -332,15 +372,18 @@ class JobRepository:
         )
         return {row.id: row.lease_owner for row in self.session.execute(query)}
 
-    def expire(self, job_id: str, owner: str, error: str | None = None) -> bool:
+    def expire(
+        self, job_id: str, owner: str, error: str | None = None, *, wait_seconds: float = 0.0
+    ) -> bool:
         """End the lease of a worker that has died, or met an error; False if it does not hold it.
 
-        Unlike a release this counts as an attempt: the job may be what kills its workers.
+        Unlike a release this counts as an attempt: the job may be what kills its workers. After an
+        error the next attempt may have to wait for what caused it to end.
         """
         now = database_now(self.session)
         expired = self._set(
             _held(job_id, owner),
-            lease_expires_at=now,
+            lease_expires_at=now + timedelta(seconds=wait_seconds),
             message=f"{TRIED_AGAIN} after an error: {error}"
             if error
             else "waiting for a worker to continue",
@@ -381,66 +424,21 @@ class JobRepository:
             self.write_log(job_id, "Cancelled on request.")
         return self.find(job_id)
 
-    def stale(
-        self, *, queued_seconds: float = 120.0, overtaken: bool = False, limit: int = 100
-    ) -> Sequence[JobRow]:
-        """Jobs whose task may be lost, oldest first, for the sweeper to re-send.
+    def stale(self, *, queued_seconds: float = 120.0, limit: int = 100) -> Sequence[str]:
+        """Ids of jobs whose task may be lost, oldest first, for the sweeper to re-send.
 
         Jobs whose lease expired, and jobs that no worker took within `queued_seconds` of their
         task being sent (after a crash or broker failure between commit and send).
-
-        Args:
-            queued_seconds: see above.
-            overtaken: only those whose task is surely lost, as workers have taken tasks that were
-                behind it in the queue.
-            limit: jobs at most.
         """
         now = database_now(self.session)
-        before = now - timedelta(seconds=queued_seconds)
-        waiting = and_(JobRow.lease_owner.is_(None), JobRow.sent_at <= before)
-        stale = or_(waiting, JobRow.lease_expires_at <= now)
-        if overtaken:
-            stale = and_(stale, JobRow.sent_at <= before, self._overtaken(before))
-        return self.session.scalars(
-            select(JobRow)
-            .where(JobRow.state.in_(RUNNING_ORDER), stale)
-            .order_by(JobRow.created_at)
-            .limit(limit)
-        ).all()
-
-    def _overtaken(self, before: datetime) -> ColumnElement[bool]:
-        """Jobs whose task was sent before one that a worker took, and had its priority or more."""
-        oldest = self.session.scalar(
-            select(func.min(JobRow.sent_at)).where(
-                JobRow.state.in_(RUNNING_ORDER), JobRow.sent_at <= before
-            )
+        waiting = and_(
+            JobRow.lease_owner.is_(None), JobRow.sent_at <= now - timedelta(seconds=queued_seconds)
         )
-        if oldest is None:
-            return false()
-        taken = self.session.execute(
-            select(JobRow.priority, func.max(JobRow.sent_at), func.max(JobRow.started_at))
-            .where(JobRow.sent_at > oldest, JobRow.started_at >= JobRow.sent_at)
-            .group_by(JobRow.priority)
-        ).all()
-        new, begun = JobRow.started_at.is_(None), JobRow.started_at.is_not(None)
-        return or_(
-            false(),
-            *(and_(new, JobRow.priority == one, JobRow.sent_at < sent) for one, sent, _ in taken),
-            # Tasks of jobs that were begun come before all others; a release sends one, too.
-            *(and_(begun, JobRow.sent_at < at, JobRow.updated_at < at) for *_, at in taken),
-        )
-
-    def lost(self) -> Sequence[str]:
-        """Ids of the jobs whose lease expired since their task was sent last, oldest first."""
-        now = database_now(self.session)
         return self.session.scalars(
             select(JobRow.id)
-            .where(
-                _BEGUN,
-                JobRow.lease_expires_at <= now,
-                JobRow.lease_expires_at > JobRow.sent_at,
-            )
+            .where(JobRow.state.in_(RUNNING_ORDER), or_(waiting, JobRow.lease_expires_at <= now))
             .order_by(JobRow.created_at)
+            .limit(limit)
         ).all()
 
     def mark_sent(self, job_id: str) -> None:

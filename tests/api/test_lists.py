@@ -80,8 +80,11 @@ ACCESS = re.compile(r"FROM (api_keys|tenants)\b(?!.*LIMIT)", re.DOTALL)
 """Statements about the caller, which precede every request."""
 WHOLE_TENANT = re.compile(r"(?<! totals) USING .*\((tenant_id|state|base_id)=\?\)$")
 """A walk over all rows of a tenant, state or base, unless it stops at a limit."""
-SMALL = re.compile(r"SCAN (nodes\b|uploads USING INDEX ix_uploads_unfinished)")
-"""Of a row per running process, and of what expires."""
+SMALL = re.compile(
+    r"SCAN (nodes\b|tenants\b"
+    r"|jobs USING INDEX ix_jobs_begun_sent_at_id|uploads USING INDEX ix_uploads_unfinished)"
+)
+"""Of a row per running process or tenant, and of what expires."""
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,7 @@ from deltadock.api.tasks import COMPRESS_TASK, TaskSender
 from deltadock.cli import services
 from deltadock.cli.processes import free_ports
 from deltadock.errors import Unavailable
-from deltadock.storage.tables import JobPriority
-from deltadock.workers.tasks import BEGUN, gpu_queue_is_empty
+from deltadock.workers.tasks import gpu_queue_is_empty
 
 
 def taken(url: str) -> list[str]:
@@ -28,19 +27,12 @@ def taken(url: str) -> list[str]:
     return jobs
 
 
-def test_a_worker_takes_the_most_urgent_task_first(broker_url: str) -> None:
+def test_a_queue_is_empty_once_its_tasks_are_taken(broker_url: str) -> None:
     sender = TaskSender(broker_url)
-    for job, priority in (
-        ("job_low", JobPriority.LOW),
-        ("job_a", JobPriority.NORMAL),
-        ("job_high", JobPriority.HIGH),
-        ("job_b", JobPriority.NORMAL),
-    ):
-        sender.send_compress(job, priority)
-    with Celery(broker=broker_url, set_as_current=False) as worker:
-        worker.send_task(COMPRESS_TASK, args=["job_begun"], queue="gpu", priority=BEGUN)
+    for job in ("job_a", "job_b"):
+        sender.send_compress(job)
     assert not gpu_queue_is_empty(broker_url)
-    assert taken(broker_url) == ["job_begun", "job_high", "job_a", "job_b", "job_low"]
+    assert taken(broker_url) == ["job_a", "job_b"]
     assert gpu_queue_is_empty(broker_url)
     sender.close()
 
@@ -49,14 +41,14 @@ def test_tasks_are_sent_when_the_broker_is_up_and_dropped_when_it_is_down(tmp_pa
     port = free_ports(1)[0]
     url = f"redis://127.0.0.1:{port}/0"
     sender = TaskSender(url)
-    sender.send_compress("job_lost", JobPriority.NORMAL)
+    sender.send_compress("job_lost")
     with pytest.raises(Unavailable):
         sender.ping()
     with services.valkey(tmp_path / "first", port):
         sender.ping()
-        sender.send_compress("job_a", JobPriority.NORMAL)
+        sender.send_compress("job_a")
         assert taken(url) == ["job_a"]
     with services.valkey(tmp_path / "second", port):
-        sender.send_compress("job_b", JobPriority.NORMAL)
+        sender.send_compress("job_b")
         assert taken(url) == ["job_b"]
     sender.close()

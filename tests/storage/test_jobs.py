@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from deltadock.storage import repositories
 from deltadock.storage.database import Database
-from deltadock.storage.repositories import DeltaRepository, JobRepository
+from deltadock.storage.repositories import DeltaRepository, JobRepository, TenantRepository
 from deltadock.storage.repositories.jobs import MAX_LOG_LINES, JobProgress
 from deltadock.storage.tables import (
     RUNNING_ORDER,
@@ -24,7 +24,7 @@ from deltadock.storage.tables import (
     JobState,
     TableRow,
 )
-from deltadock.storage.tenancy import LOCAL_TENANT
+from deltadock.storage.tenancy import EVERY_TENANT, LOCAL_TENANT
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 LEASE = 60.0
@@ -293,6 +293,69 @@ def test_cancelling_a_job_with_an_expired_lease_ends_it(
     assert jobs.request_cancel("job_unknown") is None
 
 
+def test_tenants_take_turns(session: Session, clock: Clock) -> None:
+    """The operator has six jobs before anybody else has one; priorities are a tenant's own."""
+    tenants = {name: TenantRepository(session).add(name).id for name in ("b", "c")}
+    rows = [add_job(session, number) for number in range(9)]
+    for row in rows[6:8]:
+        row.tenant_id, row.priority = tenants["b"], JobPriority.HIGH
+    rows[8].tenant_id = tenants["c"]
+    for number, row in enumerate(rows):
+        row.sent_at = later(number)
+    session.flush()
+    jobs = JobRepository(session, EVERY_TENANT)
+    order = [0, 6, 8, 1, 7, 2, 3, 4, 5]
+    places = {rows[number].id: place for place, number in enumerate(order, start=1)}
+    assert jobs.positions(rows) == places
+
+    taken = []
+    for turn in range(9):  # one worker
+        clock.set(10 + turn)
+        job = jobs.acquire_next("worker", LEASE)
+        assert job is not None
+        taken.append(rows.index(job))
+        jobs.finish(job.id, "worker", JobState.READY)
+    assert taken == order
+    assert jobs.acquire_next("worker", LEASE) is None
+
+
+def test_who_has_the_fewest_jobs_at_work_is_next(session: Session, clock: Clock) -> None:
+    other = TenantRepository(session).add("other").id
+    rows = [add_job(session, number) for number in range(5)]
+    for number, row in enumerate(rows):
+        row.sent_at = later(number)
+    for row in rows[3:]:
+        row.tenant_id = other
+    session.flush()
+    jobs = JobRepository(session, EVERY_TENANT)
+    clock.set(1)
+    assert jobs.acquire(rows[3].id, "long", 1000)
+    clock.set(2)
+    assert jobs.acquire(rows[0].id, "short", 1000)
+    clock.set(3)
+    jobs.finish(rows[0].id, "short", JobState.READY)
+    assert jobs.positions(rows[1:3] + rows[4:]) == {rows[1].id: 1, rows[4].id: 2, rows[2].id: 3}
+
+
+def test_two_workers_take_two_jobs(database: Database) -> None:
+    with database.session_scope() as session:
+        ids = {add_job(session, number).id for number in range(12)}
+
+    def take(worker: str) -> list[str]:
+        taken = []
+        while True:
+            with database.session_scope() as session:
+                job = JobRepository(session, EVERY_TENANT).acquire_next(worker, LEASE)
+            if job is None:
+                return taken
+            taken.append(job.id)
+
+    with ThreadPoolExecutor(3) as workers:
+        taken = [job_id for found in workers.map(take, ("one", "two", "three")) for job_id in found]
+    assert len(taken) == len(ids)
+    assert set(taken) == ids
+
+
 def test_waiting_jobs_are_placed_by_priority_and_then_by_their_turn(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,7 +411,7 @@ def test_stale_jobs_have_an_expired_lease_or_a_lost_task(
 ) -> None:
     def stale(seconds: float) -> list[str]:
         clock.set(seconds)
-        return [found.id for found in jobs.stale(queued_seconds=120)]
+        return list(jobs.stale(queued_seconds=120))
 
     assert stale(119) == []
     assert stale(120) == [job.id]

@@ -21,7 +21,13 @@ from deltadock.storage.repositories import (
 )
 from deltadock.storage.tables import CheckpointRow, JobRow, UploadFileRow, UploadKind
 from deltadock.storage.tenancy import LOCAL_TENANT
-from deltadock.workers.compress import WorkerContext
+from deltadock.workers.compress import Outcome, WorkerContext, compress_job, take_job
+
+
+def take_and_compress(context: WorkerContext) -> Outcome | None:
+    """As the task does; None if no job waits."""
+    taken = take_job(context)
+    return None if taken is None else compress_job(taken, context)
 
 
 def job_files(context: WorkerContext) -> list[str]:

@@ -14,8 +14,8 @@ from deltadock.storage.blobs import BlobStore
 from deltadock.storage.repositories import CheckpointRepository, DeltaRepository
 from deltadock.storage.tables import JobRow, JobState
 from deltadock.storage.tenancy import LOCAL_TENANT
-from deltadock.workers.compress import Outcome, WorkerContext, compress_job
-from tests.workers.conftest import Pair, job_files, row_of
+from deltadock.workers.compress import Outcome, WorkerContext
+from tests.workers.conftest import Pair, job_files, row_of, take_and_compress
 
 LAYER = "model.layers.1.mlp.up_proj"
 
@@ -62,7 +62,7 @@ def test_a_job_imports_an_adapter(
         assert delta is not None
         row = CheckpointRepository(session, LOCAL_TENANT).add(row_of(store(context.blobs, adapter)))
         delta.checkpoint_digest = row.digest
-    assert compress_job(job_id, context) is Outcome.READY
+    assert take_and_compress(context) is Outcome.READY
     assert look(job_id).state is JobState.READY, look(job_id).error_message
     with context.database.read_scope() as session:
         delta = DeltaRepository(session, LOCAL_TENANT).find(look(job_id).delta_id)

@@ -28,10 +28,9 @@ from deltadock.workers.compress import (
     MAX_ATTEMPTS,
     Outcome,
     WorkerContext,
-    compress_job,
 )
 from deltadock.workers.lease import STOPPING
-from tests.workers.conftest import job_files
+from tests.workers.conftest import job_files, take_and_compress
 
 Submit = Callable[..., str]
 Look = Callable[[str], JobRow]
@@ -72,7 +71,7 @@ def test_a_job_becomes_a_ready_delta(context: WorkerContext, submit: Submit, loo
     job_id = submit()
     with context.database.session_scope() as session:
         hook = WebhookRepository(session, LOCAL_TENANT).add("https://a.test/", [*WebhookEvent], "")
-    assert compress_job(job_id, context) is Outcome.READY
+    assert take_and_compress(context) is Outcome.READY
     job = look(job_id)
     with context.database.read_scope() as session:
         deliveries = WebhookRepository(session, LOCAL_TENANT).deliveries(hook, limit=9)
@@ -101,7 +100,7 @@ def test_the_row_contains_the_calibration_sources(
     context: WorkerContext, submit: Submit, look: Look
 ) -> None:
     job_id = submit("adamix", 1.0, sampled=True)
-    assert compress_job(job_id, context) is Outcome.READY
+    assert take_and_compress(context) is Outcome.READY
     job = look(job_id)
     assert job.state is JobState.READY, job.error_message
     with context.database.read_scope() as session:
@@ -134,7 +133,7 @@ def test_a_calibration_text_is_read_as_it_was_asked_for(
         raise Cancelled("seen")
 
     monkeypatch.setattr(module, "compress", compress)
-    compress_job(job_id, context)
+    take_and_compress(context)
     assert asked == [suffix or ".txt"]
 
 
@@ -163,26 +162,26 @@ def test_the_row_contains_the_goal(
         raise Cancelled("seen")
 
     monkeypatch.setattr(module, "compress", compress)
-    compress_job(job_id, context)
+    take_and_compress(context)
     (options,) = asked
     assert options.goal == Goal(kind, value)
     assert (options.calibration.tokens, options.calibration.length) == (2048, 64)
 
 
-def test_a_redelivered_task_is_skipped(
+def test_a_redelivered_task_does_nothing(
     context: WorkerContext, submit: Submit, look: Look, set_job: SetJob
 ) -> None:
     job_id = submit()
     with context.database.session_scope() as session:
         assert JobRepository(session, LOCAL_TENANT).acquire(job_id, "another", 60.0)
     before = look(job_id)
-    assert compress_job(job_id, context) is Outcome.SKIPPED
+    assert take_and_compress(context) is None
     assert (look(job_id).lease_owner, look(job_id).attempt) == ("another", before.attempt)
 
     set_job(job_id, lease_expires_at=datetime.now(UTC) - timedelta(seconds=1))
-    assert compress_job(job_id, context) is Outcome.READY
+    assert take_and_compress(context) is Outcome.READY
     done = look(job_id)
-    assert compress_job(job_id, context) is Outcome.SKIPPED
+    assert take_and_compress(context) is None
     assert look(job_id).updated_at == done.updated_at
 
 
@@ -200,7 +199,7 @@ def test_cancelling_during_compression_stores_nothing(
 
     during(cancel)
     blobs = set((context.settings.blob_folder / "blobs").iterdir())
-    assert compress_job(job_id, context) is Outcome.FINISHED
+    assert take_and_compress(context) is Outcome.FINISHED
     job = look(job_id)
     assert (job.state, job.error_code) == (JobState.CANCELLED, "cancelled")
     assert set((context.settings.blob_folder / "blobs").iterdir()) == blobs
@@ -220,7 +219,7 @@ def test_a_retried_job_keeps_its_finished_blocks_and_its_log(
         raise InvalidInput("broken")
 
     during(fail)
-    assert compress_job(job_id, context) is Outcome.FINISHED
+    assert take_and_compress(context) is Outcome.FINISHED
     saved = list((context.settings.blob_folder / "work" / job_id).rglob("0"))
     assert saved, "the first block was saved"
     written = saved[0].stat().st_mtime_ns
@@ -228,7 +227,7 @@ def test_a_retried_job_keeps_its_finished_blocks_and_its_log(
         assert JobRepository(session, LOCAL_TENANT).retry(job_id)
     kept: list[int] = []
     during(lambda: kept.append(saved[0].stat().st_mtime_ns))
-    assert compress_job(job_id, context) is Outcome.READY
+    assert take_and_compress(context) is Outcome.READY
     assert set(kept) == {written}, "the block was read, not computed again"
     with context.database.read_scope() as session:
         lines = [
@@ -257,7 +256,7 @@ def test_deleting_the_delta_cancels_its_job(
                 DeltaRepository(session, LOCAL_TENANT).delete(delta)
 
     during(delete)
-    assert compress_job(job_id, context) is Outcome.FINISHED
+    assert take_and_compress(context) is Outcome.FINISHED
     assert look(job_id).state is JobState.CANCELLED
 
 
@@ -270,7 +269,7 @@ def test_a_worker_without_its_lease_writes_nothing(
 ) -> None:
     job_id = submit("adamix", 1.0)
     during(lambda: set_job(job_id, lease_owner="successor", message="mine"))
-    assert compress_job(job_id, context) is Outcome.SKIPPED
+    assert take_and_compress(context) is Outcome.SKIPPED
     job = look(job_id)
     assert (job.state, job.lease_owner, job.message) == (
         JobState.COMPRESSING,
@@ -288,14 +287,14 @@ def test_a_stopping_worker_releases_the_job(
 ) -> None:
     job_id = submit("adamix", 1.0)
     during(stopping)
-    assert compress_job(job_id, context) is Outcome.STOPPED
+    assert take_and_compress(context) is Outcome.STOPPED
     job = look(job_id)
     assert (job.state, job.lease_owner, job.attempt) == (JobState.COMPRESSING, None, 0)
     STOPPING.clear()
     during(lambda: None)
     saved = list((context.settings.blob_folder / "work" / job_id).rglob("0"))
     assert saved, "the first block was saved"
-    assert compress_job(job_id, context) is Outcome.READY
+    assert take_and_compress(context) is Outcome.READY
     assert look(job_id).state is JobState.READY
     assert_nothing_left(context, job_id)
 
@@ -309,7 +308,7 @@ def test_bad_input_fails_the_job_with_a_stable_code(
     next(iter(weights.values())).view(-1)[0] = torch.nan
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     job_id = submit(finetuned=broken)
-    assert compress_job(job_id, context) is Outcome.FINISHED
+    assert take_and_compress(context) is Outcome.FINISHED
     job = look(job_id)
     assert (job.state, job.error_code) == (JobState.FAILED, "non_finite_weights")
     assert "NaN" in (job.error_message or "")
@@ -327,7 +326,7 @@ def test_a_damaged_blob_fails_the_job(
     damaged[-1] ^= 1
     blob.chmod(0o600)
     blob.write_bytes(damaged)
-    assert compress_job(job_id, context) is Outcome.FINISHED
+    assert take_and_compress(context) is Outcome.FINISHED
     assert (look(job_id).state, look(job_id).error_code) == (JobState.FAILED, "damaged_blob")
     with context.database.read_scope() as session:
         assert BlobRepository(session).damaged([digest]) == {digest}, "it is asked for again"
@@ -343,11 +342,13 @@ def test_an_unavailable_store_is_retried_up_to_the_limit(
         | {"s3_access_key_id": "key", "s3_secret_access_key": "secret"}
     )
     without_blobs = WorkerContext(unreachable, context.database, make_blob_store(unreachable))
-    assert compress_job(job_id, without_blobs) is Outcome.LATER
+    assert take_and_compress(without_blobs) is Outcome.LATER
+    assert take_and_compress(context) is None, "it waits for what caused the error to end"
+    set_job(job_id, lease_expires_at=datetime.now(UTC))
     with context.database.read_scope() as session:
-        assert [job.id for job in JobRepository(session, LOCAL_TENANT).stale()] == [job_id]
+        assert JobRepository(session, LOCAL_TENANT).stale() == [job_id]
     set_job(job_id, attempt=MAX_ATTEMPTS - 1)
-    compress_job(job_id, without_blobs)
+    take_and_compress(without_blobs)
     assert (look(job_id).state, look(job_id).error_code) == (JobState.FAILED, "unavailable")
 
 
@@ -358,7 +359,7 @@ def test_a_job_that_kills_its_workers_fails(
     set_job(job_id, attempt=MAX_ATTEMPTS)
     with context.database.session_scope() as session:
         hook = WebhookRepository(session, LOCAL_TENANT).add("https://a.test/", [*WebhookEvent], "")
-    assert compress_job(job_id, context) is Outcome.FINISHED
+    assert take_and_compress(context) is Outcome.FINISHED
     with context.database.read_scope() as session:
         (told,) = WebhookRepository(session, LOCAL_TENANT).deliveries(hook, limit=9)
     assert json.loads(told.body)["data"]["error"]["code"] == "worker_lost"
@@ -373,7 +374,7 @@ def test_an_unexpected_exception_is_logged_but_not_disclosed(
 
     monkeypatch.setattr(module, "compress", fail)
     job_id = submit()
-    assert compress_job(job_id, context) is Outcome.FINISHED
+    assert take_and_compress(context) is Outcome.FINISHED
     job = look(job_id)
     assert (job.state, job.error_code) == (JobState.FAILED, "internal_error")
     assert "secret" not in (job.error_message or "")

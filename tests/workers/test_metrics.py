@@ -7,8 +7,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from deltadock.settings import Settings
-from deltadock.workers.compress import MAX_ATTEMPTS, Outcome, WorkerContext, compress_job
+from deltadock.workers.compress import MAX_ATTEMPTS, Outcome, WorkerContext
 from deltadock.workers.metrics import serving_metrics
+from tests.workers.conftest import take_and_compress
 
 Samples = dict[tuple[str, ...], float]
 
@@ -32,11 +33,12 @@ def test_jobs_stages_errors_and_collections(
     context: WorkerContext, submit: Callable[..., str], set_job: Callable[..., None]
 ) -> None:
     before = scrape(context.settings)
-    first, second = submit(), submit()
-    assert compress_job(first, context) is Outcome.READY
+    submit()
+    second = submit()
+    assert take_and_compress(context) is Outcome.READY
     set_job(second, attempt=MAX_ATTEMPTS)
-    assert compress_job(second, context) is Outcome.FINISHED
-    assert compress_job(second, context) is Outcome.SKIPPED
+    assert take_and_compress(context) is Outcome.FINISHED
+    assert take_and_compress(context) is None
     after = scrape(context.settings)
 
     def change(*sample: str) -> float:
@@ -44,7 +46,6 @@ def test_jobs_stages_errors_and_collections(
 
     assert change("deltadock_worker_jobs_total", "ready") == 1
     assert change("deltadock_worker_jobs_total", "finished") == 1
-    assert change("deltadock_worker_jobs_total", "skipped") == 1
     assert change("deltadock_worker_errors_total", "worker_lost") == 1
     for stage in ("validating", "assembling", "verifying"):
         assert change("deltadock_worker_stage_seconds_count", stage) == 1, stage

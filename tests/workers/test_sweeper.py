@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from deltadock.errors import Unavailable
 from deltadock.storage.leases import new_owner
 from deltadock.storage.repositories import JobRepository, UploadRepository
-from deltadock.storage.tables import JobPriority, JobState, UploadKind, UploadState
+from deltadock.storage.tables import JobState, UploadKind, UploadState
 from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers.compress import WorkerContext
 from deltadock.workers.files import AttemptFiles, drop_unneeded
@@ -29,15 +29,8 @@ LONG_AGO = datetime.now(UTC) - timedelta(days=2)
 
 
 def resend(context: WorkerContext, *, queue_is_empty: bool = True) -> list[str]:
-    return list(resend_with_priorities(context, queue_is_empty=queue_is_empty))
-
-
-def resend_with_priorities(
-    context: WorkerContext, *, queue_is_empty: bool
-) -> dict[str, JobPriority | None]:
-    sent: dict[str, JobPriority | None] = {}
-    found = resend_lost(context, sent.__setitem__, lambda: queue_is_empty)
-    assert list(sent) == found
+    sent: list[str] = []
+    assert resend_lost(context, sent.append, lambda: queue_is_empty) == sent
     return sent
 
 
@@ -47,7 +40,7 @@ def test_a_lost_task_is_resent_once(
     job_id = submit()
     assert resend(context) == [], "its task may still be in flight"
     set_job(job_id, sent_at=LONG_AGO)
-    assert resend(context, queue_is_empty=False) == [], "its task may be queued"
+    assert resend(context, queue_is_empty=False) == [], "a worker takes it in its turn"
     assert resend(context) == [job_id]
     assert resend(context) == []
 
@@ -64,44 +57,6 @@ def test_a_job_is_resent_once_its_lease_has_expired(
     assert resend(context) == [job_id]
 
 
-def test_a_lost_job_is_resent_once_before_all_that_wait(
-    context: WorkerContext, submit: Submit, set_job: SetJob
-) -> None:
-    lost, waiting, left = submit(), submit(), submit()
-    with context.database.session_scope() as session:
-        jobs = JobRepository(session, LOCAL_TENANT)
-        assert jobs.acquire(lost, "killed", 60.0)
-        assert jobs.acquire(left, "stopped", 60.0)
-        assert jobs.release(left, "stopped")
-    set_job(lost, sent_at=LONG_AGO, lease_expires_at=LONG_AGO + timedelta(hours=1))
-    assert resend_with_priorities(context, queue_is_empty=False) == {lost: None}
-    assert resend_with_priorities(context, queue_is_empty=False) == {}
-    for job_id in (waiting, left):
-        set_job(job_id, sent_at=LONG_AGO)
-    sent = resend_with_priorities(context, queue_is_empty=True)
-    assert sent == {lost: None, waiting: JobPriority.NORMAL, left: None}
-
-
-def test_a_task_is_lost_once_those_behind_it_are_taken(
-    context: WorkerContext, submit: Submit, set_job: SetJob
-) -> None:
-    lost, left, behind, low = submit(), submit(), submit(), submit()
-    with context.database.session_scope() as session:
-        jobs = JobRepository(session, LOCAL_TENANT)
-        assert jobs.acquire(left, "stopped", 60.0)
-        assert jobs.release(left, "stopped")
-    hour = timedelta(hours=1)
-    set_job(left, sent_at=LONG_AGO, started_at=LONG_AGO, updated_at=LONG_AGO)
-    set_job(lost, sent_at=LONG_AGO)
-    set_job(low, sent_at=LONG_AGO, priority=JobPriority.LOW)
-    set_job(behind, sent_at=LONG_AGO + hour)
-    assert resend(context, queue_is_empty=False) == []
-    set_job(behind, started_at=LONG_AGO + 2 * hour, state=JobState.READY)
-    sent = resend_with_priorities(context, queue_is_empty=False)
-    assert sent == {lost: JobPriority.NORMAL, left: None}
-    assert resend(context, queue_is_empty=False) == [], "they are behind now"
-
-
 def test_a_task_that_the_broker_did_not_take_is_sent_again(
     context: WorkerContext, submit: Submit, set_job: SetJob
 ) -> None:
@@ -114,8 +69,8 @@ def test_a_task_that_the_broker_did_not_take_is_sent_again(
         raise OperationalError("the broker restarts")
 
     with pytest.raises(OperationalError):
-        resend_lost(context, broken, lambda: False)
-    assert resend(context, queue_is_empty=False) == [job_id]
+        resend_lost(context, broken, lambda: True)
+    assert resend(context) == [job_id]
 
 
 def test_abandoned_uploads_and_their_parts_are_dropped(context: WorkerContext) -> None:

@@ -19,7 +19,7 @@ from deltadock.cli.system import keep_running, worker_command
 from deltadock.compression.options import CalibrationOptions, CompressOptions, Goal
 from deltadock.compression.pipeline import compress
 from deltadock.storage.repositories import DeltaRepository
-from deltadock.storage.tables import JobPriority, JobRow, JobState
+from deltadock.storage.tables import JobRow, JobState
 from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers.compress import WorkerContext
 from tests.waiting import wait_until
@@ -59,7 +59,7 @@ def send(submit: Callable[..., str], broker_url: str) -> Iterator[Callable[[floa
 
     def send(bits: float) -> str:
         job_id = submit("adamix", bits)
-        sender.send_compress(job_id, JobPriority.NORMAL)
+        sender.send_compress(job_id)
         return job_id
 
     yield send

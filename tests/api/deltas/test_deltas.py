@@ -13,15 +13,15 @@ from deltadock.api import health
 from deltadock.compression.options import default_method
 from deltadock.storage.repositories import DeltaRepository, JobRepository
 from deltadock.storage.repositories.jobs import JobProgress
-from deltadock.storage.tables import JobPriority, JobState
+from deltadock.storage.tables import JobState
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests.api.support import CONFIG, TEXT, Api, sha256, weights
 
 
-def queued_jobs(broker_url: str, priority: JobPriority = JobPriority.NORMAL) -> list[str]:
-    """Job ids of the compress tasks of a priority that are queued in the broker."""
+def queued_jobs(broker_url: str) -> list[str]:
+    """Job ids of the compress tasks that are queued in the broker."""
     with redis.Redis.from_url(broker_url, decode_responses=True) as connection:
-        messages = connection.lrange(f"gpu\x06\x16{priority.broker_priority}", 0, -1)
+        messages = connection.lrange("gpu", 0, -1)
     assert isinstance(messages, list)
     headers = [json.loads(message)["headers"] for message in messages]
     assert {header["task"] for header in headers} <= {"deltadock.compress"}
@@ -57,7 +57,7 @@ def test_the_task_is_sent_after_a_single_commit(api: Api, monkeypatch: pytest.Mo
         events_seen.append("send")
 
     # Patched on the class: instances have slots.
-    monkeypatch.setattr(type(api.resources.tasks), "send_compress", lambda _self, job, _: send(job))
+    monkeypatch.setattr(type(api.resources.tasks), "send_compress", lambda _self, job: send(job))
     assert api.client.post("/v1/deltas", json=body).status_code == 202
     assert events_seen == ["commit", "send"]
 
@@ -70,9 +70,7 @@ class TestBrokerDown:
     def test_a_job_that_could_not_be_sent_waits_for_the_sweeper(self, api: Api) -> None:
         delta = api.delta()
         with api.resources.database.read_scope() as session:
-            assert [
-                job.id for job in JobRepository(session, LOCAL_TENANT).stale(queued_seconds=0)
-            ] == [delta["job"]]
+            assert JobRepository(session, LOCAL_TENANT).stale(queued_seconds=0) == [delta["job"]]
 
     def test_the_api_says_that_it_is_not_ready(self, api: Api) -> None:
         answer = api.client.get("/readyz")
@@ -137,7 +135,7 @@ def test_other_options_create_a_new_version_and_what_was_cancelled_continues(
     assert (again.status_code, again.json()["delta"]["version"]) == (202, 1)
     job = again.json()["job"]
     assert (job["id"], job["state"], job["priority"]) == (first["job"]["id"], "queued", "high")
-    assert queued_jobs(broker_url, JobPriority.HIGH) == [job["id"]]
+    assert queued_jobs(broker_url) == [job["id"]]
 
 
 def test_another_name_shares_a_ready_artifact(api: Api, broker_url: str) -> None:
