@@ -48,7 +48,7 @@ def send_compress(job_id: str) -> None:
 
 
 def gpu_queue_is_empty(broker_url: str | None = None) -> bool:
-    """Whether no task of any priority waits for a worker, by default on the app's broker."""
+    """Whether no task waits for a worker, by default on the app's broker."""
     with app.connection_for_read(broker_url) as connection:
         channel: Any = connection.default_channel
         try:
