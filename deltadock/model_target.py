@@ -8,7 +8,10 @@ ARTIFACT_HEADER: Final = "Deltadock-Artifact"
 BASE_NAME_HEADER: Final = "Deltadock-Base-Name"
 TENANT_HEADER: Final = "Deltadock-Tenant"
 
-SERVED: Final = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+SERVED: Final = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3",
+    "granite", "olmo2", "olmo3", "ministral",
+)  # fmt: skip
 """The `model_type`s that nodes serve."""
 
 

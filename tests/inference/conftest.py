@@ -56,7 +56,7 @@ def grammars() -> Iterator[Grammars]:
     made.processes.close()
 
 
-def _make_model(family: str, seed: int = 0, **settings: Any) -> Any:
+def random_model(family: str, seed: int = 0, **settings: Any) -> Any:
     """A random causal language model of transformers' own classes, float32."""
     config = FAMILIES[family].config_class(
         **{
@@ -111,7 +111,7 @@ def _save(model: Any, folder: Path, tokenizer_json: str, eos: int | None = None)
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., Any]:
     """`make_model(family, seed, **config)`: a random model of transformers' own classes."""
-    return _make_model
+    return random_model
 
 
 @pytest.fixture(scope="session")
@@ -131,7 +131,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[...
     """A blob store with two bases and deltas of the first, and the merged models."""
     from tests.inference.support import make_site  # the engine's tests do without a web server
 
-    return make_site(tmp_path_factory.mktemp("site"), _make_model, save_checkpoint)
+    return make_site(tmp_path_factory.mktemp("site"), random_model, save_checkpoint)
 
 
 @dataclass

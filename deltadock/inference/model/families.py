@@ -16,14 +16,26 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 
@@ -36,19 +48,23 @@ class Family:
         norm_offset: added to the weights of norms.
         float32_norms: norms multiply by their weights in float32; otherwise in the model's dtype,
             after rounding to it.
+        float32_rotation: cosines and sines are float32.
         one_window: all layers have the configuration's `sliding_window`; otherwise each attention
             module has its own, or none.
         capped_scores: attention scores are capped by `attn_logit_softcapping`.
         capped_logits: logits are capped by `final_logit_softcapping`.
+        scaled_logits: logits are divided by `logits_scaling`.
     """
 
     config_class: Any
     model_class: Any
     norm_offset: float = 0.0
     float32_norms: bool = False
+    float32_rotation: bool = False
     one_window: bool = False
     capped_scores: bool = False
     capped_logits: bool = False
+    scaled_logits: bool = False
 
 
 FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
@@ -73,6 +89,12 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
             float32_norms=True,
             capped_logits=True,
         ),
+        "phi3": Family(Phi3Config, Phi3ForCausalLM, one_window=True),
+        "smollm3": Family(SmolLM3Config, SmolLM3ForCausalLM),
+        "granite": Family(GraniteConfig, GraniteForCausalLM, scaled_logits=True),
+        "olmo2": Family(Olmo2Config, Olmo2ForCausalLM, float32_norms=True, float32_rotation=True),
+        "olmo3": Family(Olmo3Config, Olmo3ForCausalLM, float32_norms=True, float32_rotation=True),
+        "ministral": Family(MinistralConfig, MinistralForCausalLM),
     }
 )
 """By `model_type`, as in `SERVED`."""

@@ -250,6 +250,7 @@ class DeltaNorm(DeltaModule):
     """RMS normalization with the weight and the epsilon of each row's slot.
 
     Attributes:
+        width: of what is normalized.
         table: weights and epsilons of all slots.
     """
 
@@ -257,6 +258,7 @@ class DeltaNorm(DeltaModule):
         super().__init__(routing)
         self._family = family
         self._weight = self._factors(norm.weight.data)
+        self.width = len(self._weight)
         self._epsilon = float(getattr(norm, "variance_epsilon", None) or norm.eps)
         slots = routing.limits.slots
         self.table = RowNorm(

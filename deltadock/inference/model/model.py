@@ -61,8 +61,8 @@ class DeltaModel:
         self.tied = is_tied(model)
         """Whether embedding and head are one tensor."""
         family = FAMILIES[self.config.model_type]
-        scale = getattr(model.model.embed_tokens, "embed_scale", None)
-        self._embedding_scale = 1.0 if scale is None else float(scale.to(self.dtype))
+        self._embedding_scale = _embedding_scale(model)
+        self._logit_divisor = self.config.logits_scaling if family.scaled_logits else 1.0
         self._logit_cap = self.config.final_logit_softcapping if family.capped_logits else None
         self._owners, self._parameters = replace_modules(model, self._routing, family)
         self._rotary = DeltaRotary(model.model, self._routing)
@@ -149,6 +149,8 @@ class DeltaModel:
         return self._added.logits(base, hidden[0], slots, self._finish_logits)
 
     def _finish_logits(self, products: Tensor) -> Tensor:
+        if self._logit_divisor != 1:
+            products.div_(self._logit_divisor)
         cap = self._logit_cap
         return products if cap is None else products.div_(cap).tanh_().mul_(cap)
 
@@ -311,3 +313,11 @@ class DeltaModel:
         self._uncapturable_slots.discard(slot)
         self._rotary.remove(slot)
         self._added.remove(slot)
+
+
+def _embedding_scale(model: Any) -> float:
+    """The factor of embeddings, rounded as transformers rounds it."""
+    scale = getattr(model.model.embed_tokens, "embed_scale", None)
+    if scale is not None:
+        return float(scale.to(model.dtype))
+    return float(getattr(model.model, "embedding_multiplier", 1.0))

@@ -13,6 +13,8 @@ from deltadock.kernels.decoder import Rotation
 
 EVERY: Final = "every layer"
 """The kind of the layers of a model whose layers all have the same frequencies."""
+UNROTATED: Final = "unrotated"
+"""The kind of the layers whose heads are not rotated: all their frequencies are 0."""
 
 
 class Rope(NamedTuple):
@@ -66,9 +68,17 @@ class DeltaRotary:
         self._routing = routing
         self._kind = type(model.rotary_emb)
         self._base = _ropes(model.rotary_emb)
-        kinds = list(self._base)
-        layer_types = [EVERY] * len(model.layers) if EVERY in kinds else model.config.layer_types
-        self._tables = [kinds.index(kind) for kind in layer_types]
+        layer_types = (
+            [EVERY] * len(model.layers) if EVERY in self._base else model.config.layer_types
+        )
+        kinds = [
+            kind if getattr(layer.self_attn, "use_rope", True) else UNROTATED
+            for kind, layer in zip(layer_types, model.layers, strict=True)
+        ]
+        if UNROTATED in kinds:
+            still = torch.zeros_like(next(iter(self._base.values())).frequencies)
+            self._base[UNROTATED] = Rope(still, 1.0)
+        self._tables = [list(self._base).index(kind) for kind in kinds]
         """Of each layer."""
         slots = routing.limits.slots
         frequencies = torch.stack([rope.frequencies for rope in self._base.values()])
@@ -94,6 +104,8 @@ class DeltaRotary:
             ropes = _ropes(self._kind(config))
         except Exception as error:  # any error here is caused by the config
             raise InvalidArtifact(f"The delta's {ROPE} cannot be computed: {error}") from error
+        if UNROTATED in self._base:
+            ropes[UNROTATED] = self._base[UNROTATED]
         if ropes.keys() != self._base.keys() or any(
             rope.frequencies.shape != self._base[kind].frequencies.shape
             for kind, rope in ropes.items()

@@ -103,14 +103,28 @@ def launches(model: Any, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 @pytest.mark.parametrize(
-    ("family", "more"), [("mistral", {}), ("qwen3", {}), ("gemma3_text", {"rms_norm_kernel": 2})]
+    ("family", "settings", "more"),
+    [
+        ("mistral", {}, {}),
+        ("qwen3", {}, {}),
+        ("gemma3_text", {}, {"rms_norm_kernel": 2}),
+        ("phi3", {}, {}),
+        ("smollm3", {}, {}),
+        ("granite", {"residual_multiplier": 0.5}, {"mul": 2}),
+        ("olmo2", {}, {"rms_norm_kernel": 2, "add": 2, "cat": 1}),
+    ],
 )
 def test_launches_inside_the_graph(
-    make_model: Any, monkeypatch: pytest.MonkeyPatch, family: str, more: dict[str, int]
+    make_model: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    settings: dict[str, Any],
+    more: dict[str, int],
 ) -> None:
     """22 a layer, of which 12 are of its deltas; and what a family needs more."""
     one, two = (
-        launches(make_model(family, num_hidden_layers=layers), monkeypatch) for layers in (1, 2)
+        launches(make_model(family, num_hidden_layers=layers, **settings), monkeypatch)
+        for layers in (1, 2)
     )
     assert two - one == Counter(more) + Counter({
         "linear": 4, "prepare_kernel": 4, "shrink_kernel": 4, "expand_kernel": 4,

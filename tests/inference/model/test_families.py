@@ -1,7 +1,6 @@
 """Each family's logits, with deltas, are those of transformers' own modelling code."""
 
 import copy
-from collections.abc import Mapping
 from typing import Any, Final
 
 import pytest
@@ -9,43 +8,20 @@ import torch
 
 from deltadock.inference.engine.model_runner import ModelRunner
 from deltadock.inference.engine.scheduler import ScheduledChunk
+from deltadock.inference.model.families import FAMILIES
+from deltadock.inference.model.layers import DeltaNorm
+from deltadock.inference.model.model import DeltaModel
+from deltadock.inference.model.routing import DeltaLimits
 from deltadock.inference.model.weight_deltas import TensorDelta
 from deltadock.inference.prompts.tokenizer import Tokenizer
 from deltadock.kernels.svd_delta import PackedDelta, reference
 from deltadock.model_target import SERVED
 from tests.inference.conftest import VOCABULARY
+from tests.inference.families import CASES
 from tests.inference.merging import make_delta, merge
 from tests.inference.scheduling import make_sequence
 from tests.kernels.svd_delta import support as kernels
 
-TWO_KINDS: Final = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
-CASES: Final[Mapping[str, tuple[str, dict[str, Any]]]] = {
-    "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "mistral": ("mistral", {"sliding_window": 5}),
-    "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {"tie_word_embeddings": True}),
-    "gemma": ("gemma", {"num_key_value_heads": 1, "head_dim": 16}),
-    "gemma with biases": ("gemma", {"attention_bias": True, "hidden_act": "gelu"}),
-    "gemma2": ("gemma2", {**TWO_KINDS, "query_pre_attn_scalar": 20}),
-    "gemma2, caps that matter": (
-        "gemma2",
-        {**TWO_KINDS, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0},
-    ),
-    "gemma3_text": ("gemma3_text", {**TWO_KINDS, "query_pre_attn_scalar": 20}),
-    "gemma3_text, capped and untied": (
-        "gemma3_text",
-        {
-            **TWO_KINDS,
-            "tie_word_embeddings": False,
-            "final_logit_softcapping": 2.0,
-            "attn_logit_softcapping": 0.5,  # which transformers ignores
-            "rope_parameters": {
-                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
-                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
-            },
-        },
-    ),
-}
 PROMPTS: Final = ([1, 2, 3], list(range(30, 57)), [5] * 9)
 DECODED: Final = (7, 9, 11)
 ADDED: Final = 3
@@ -127,3 +103,29 @@ def test_a_batch_has_the_logits_of_each_merged_model(
             expected = references[one.delta_slot](torch.tensor([one.tokens])).logits[0]
         assert len(own) == len(DECODED) + 1 + (one.delta_slot == 1)
         torch.testing.assert_close(torch.stack(own), expected[-len(own) :], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_norms_and_rotation_round_as_transformers_does(make_model: Any, case: str) -> None:
+    """In bfloat16, where it matters when a norm rounds and what cosines are."""
+    family, settings = CASES[case]
+    reference = make_model(family, **settings).to(torch.bfloat16)
+    model = DeltaModel(copy.deepcopy(reference), DeltaLimits(slots=2, rows=64))
+    rows = 40
+    model.route([0] * rows)
+    for name, module in model.model.named_modules():
+        if isinstance(module, DeltaNorm):
+            x = torch.randn(1, rows, module.width, dtype=torch.bfloat16)
+            with torch.inference_mode():
+                assert torch.equal(module(x), reference.get_submodule(name)(x)), name
+    attention = reference.model.layers[-1].self_attn
+    if not getattr(attention, "use_rope", True):
+        return
+    positions = torch.arange(rows)
+    dtype = torch.float32 if FAMILIES[family].float32_rotation else torch.bfloat16
+    kinds = () if hasattr(reference.model.rotary_emb, "inv_freq") else ("full_attention",)
+    x = torch.zeros(1, dtype=torch.bfloat16)
+    expected = reference.model.rotary_emb(x, positions[None], *kinds)
+    for ours, theirs in zip(model._rotary(positions, dtype)[-1], expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs[0])
