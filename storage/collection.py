@@ -30,6 +30,8 @@ YOUNG: Final = timedelta(hours=1)
 """Blobs younger than this are left alone: their rows may be yet to come."""
 REMOVED_AT_ONCE: Final = 200
 """Blobs, in one transaction: each is locked, and on SQLite no other writes meanwhile."""
+DROPPED_AT_ONCE: Final = 50
+"""Uploads, in one transaction on SQLite, where a commit waits for the disk."""
 HOLD_SECONDS: Final = 0.1
 """How long a transaction of many changes may keep others waiting."""
 PAUSE_SECONDS: Final = 0.1
@@ -91,12 +93,13 @@ class Collector:
 
     def drop_uploads(self) -> None:
         """Give up the uploads that the rules drop."""
-        self._one_by_one(self._droppable_uploads(), self._drop_upload)
-
-    def _drop_upload(self, session: Session, upload_id: str) -> None:
-        upload = self._droppable(session).lock(upload_id)
-        if upload is not None:
-            UploadRepository(session, upload.tenant_id).drop(upload)
+        # Elsewhere one by one: each locks what others of its tenant wait for.
+        at_once = DROPPED_AT_ONCE if self._database.is_file else 1
+        for upload_ids in batches(sorted(self._droppable_uploads()), at_once):
+            with self._database.session_scope() as session:
+                for upload in self._droppable(session).lock(upload_ids):
+                    UploadRepository(session, upload.tenant_id).drop(upload)
+            self._let_others_write()
 
     def _droppable_uploads(self) -> list[str]:
         with self._database.read_scope() as session:
@@ -118,7 +121,6 @@ class Collector:
         self._one_by_one(  # in one order, so that two collections do not wait for each other
             sorted(free),
             lambda session, delta: BlobRepository(session).collect(delta),
-            together=True,
         )
         return _reasons(on_nodes)
 
@@ -178,25 +180,18 @@ class Collector:
         self._let_others_write()
         return removed
 
-    def _one_by_one(
-        self,
-        items: Sequence[Item],
-        work: Callable[[Session, Item], object],
-        *,
-        together: bool = False,
-    ) -> None:
-        """Do `work` on each of the items, in a transaction of its own.
+    def _one_by_one(self, items: Sequence[Item], work: Callable[[Session, Item], object]) -> None:
+        """Do `work`, which locks nothing that others need, on each of the items.
 
-        On SQLite, and everywhere if no item locks what others need (`together`), a transaction
-        takes as many as fit into `HOLD_SECONDS`, since each commit waits for the disk.
+        A transaction takes as many as fit into `HOLD_SECONDS`, since each commit waits for the
+        disk.
         """
-        together = together or self._database.is_file
         left = deque(items)
         while left:
             with self._database.session_scope() as session:
                 until = time.monotonic() + HOLD_SECONDS
                 work(session, left.popleft())
-                while left and together and time.monotonic() < until:
+                while left and time.monotonic() < until:
                     work(session, left.popleft())
             self._let_others_write()
 

@@ -12,7 +12,7 @@ import structlog
 
 from deltadock.errors import DeltadockError
 from deltadock.settings import Settings
-from deltadock.storage.collection import Collector
+from deltadock.storage.collection import DROPPED_AT_ONCE, Collector
 from deltadock.storage.database import database_now
 from deltadock.storage.repositories import (
     IdempotencyRepository,
@@ -20,6 +20,7 @@ from deltadock.storage.repositories import (
     UploadRepository,
     WebhookRepository,
 )
+from deltadock.storage.repositories.blobs import batches
 from deltadock.storage.repositories.uploads import UNFINISHED
 from deltadock.storage.tenancy import EVERY_TENANT
 from deltadock.workers.compress import WorkerContext
@@ -62,13 +63,15 @@ def drop_abandoned(context: WorkerContext) -> int:
     with context.database.read_scope() as session:
         before = database_now(session) - timedelta(seconds=context.settings.upload_ttl)
         abandoned = UploadRepository(session, EVERY_TENANT).abandoned(before, ABANDONED_PER_SWEEP)
-    for upload_id in abandoned:
+    at_once = DROPPED_AT_ONCE if context.database.is_file else 1
+    for upload_ids in batches(sorted(abandoned), at_once):
         with context.database.session_scope() as session:
             uploads = UploadRepository(session, EVERY_TENANT)
-            # Check again under the lock: the client may just have resumed.
-            locked = uploads.find(upload_id, lock=True)
-            if locked is not None and locked.updated_at < before:
-                uploads.abort(locked)
+            for upload_id in upload_ids:
+                # Check again under the lock: the client may just have resumed.
+                locked = uploads.find(upload_id, lock=True)
+                if locked is not None and locked.updated_at < before:
+                    uploads.abort(locked)
     for upload_id in context.blobs.parted_uploads():
         with context.database.read_scope() as session:
             owner = UploadRepository(session, EVERY_TENANT).find(upload_id)

@@ -1,6 +1,6 @@
 """Projects' retention rules, and which uploads they drop."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime, timedelta
 from typing import NamedTuple, Self
 
@@ -104,8 +104,8 @@ class DroppableUploads:
         self.session = session
         self.limits = limits
 
-    def find(self, upload_id: str | None = None) -> list[str]:
-        """Ids of these uploads, or this one's if it is one of them.
+    def find(self, among: Collection[str] | None = None) -> list[str]:
+        """Ids of these uploads, or of those `among` these ids.
 
         A checkpoint that has been neither a base nor the fine-tune of a delta that is not given up
         since `undo_from` is dropped by every rule.
@@ -123,7 +123,7 @@ class DroppableUploads:
             DeltaRow.tenant_id == UploadRow.tenant_id,
             DeltaRow.collected_at.is_(None),
         )
-        checkpoints = self._complete(UploadKind.CHECKPOINT, upload_id).where(~is_base)
+        checkpoints = self._complete(UploadKind.CHECKPOINT, among).where(~is_base)
         unused = checkpoints.where(~is_finetune, UploadRow.updated_at < self.limits.undo_from)
         found = list(self.session.scalars(unused.with_only_columns(UploadRow.id)))
         if any(rule.days is not None for rule in (self.limits.default, *projects.values())):
@@ -131,25 +131,32 @@ class DroppableUploads:
         if self.limits.texts_before is not None:
             old = UploadRow.updated_at < self.limits.texts_before
             texts = self.session.scalars(
-                self._complete(UploadKind.CALIBRATION, upload_id).where(old)
+                self._complete(UploadKind.CALIBRATION, among).where(old)
             ).all()
             if texts:
                 in_use = BlobRepository(self.session).texts_of_jobs(self.limits.undo_from)
                 found += [text.id for text in texts if text.calibration_digest not in in_use]
         return found
 
-    def lock(self, upload_id: str) -> UploadRow | None:
-        """Lock a complete upload and return it, if it is still one of them."""
-        upload = self.session.get_one(UploadRow, upload_id)
-        lock_blobs(self.session, upload.checkpoint_digest or upload.calibration_digest or "")
-        self.session.refresh(upload, with_for_update=True)
-        return upload if self.find(upload_id) else None
+    def lock(self, upload_ids: Collection[str]) -> list[UploadRow]:
+        """Lock complete uploads, in one order for all, and return those that still are of them."""
+        rows = select(UploadRow).where(UploadRow.id.in_(upload_ids)).order_by(UploadRow.id)
+        digests = (
+            upload.checkpoint_digest or upload.calibration_digest or ""
+            for upload in self.session.scalars(rows)
+        )
+        lock_blobs(self.session, *digests)
+        locked = self.session.scalars(
+            rows.with_for_update(), execution_options={"populate_existing": True}
+        ).all()
+        still = set(self.find(upload_ids))
+        return [upload for upload in locked if upload.id in still]
 
-    def _complete(self, kind: UploadKind, upload_id: str | None) -> Select[UploadRow]:
+    def _complete(self, kind: UploadKind, among: Collection[str] | None) -> Select[UploadRow]:
         found = select(UploadRow).where(
             UploadRow.state == UploadState.COMPLETE, UploadRow.kind == kind
         )
-        return found if upload_id is None else found.where(UploadRow.id == upload_id)
+        return found if among is None else found.where(UploadRow.id.in_(among))
 
     def _finetunes(
         self, checkpoints: Select[UploadRow], projects: Mapping[tuple[str, str], Rule]

@@ -189,7 +189,7 @@ def test_a_rule_finds_the_deltas_of_an_upload_by_their_index(site: TestClient) -
     limits = DropLimits(now=now, default=Rule.parse("ready"), texts_before=now, undo_from=now)
     of_projects = re.compile("FROM retention")
     with executed(site, of_projects) as statements, database.read_scope() as session:
-        DroppableUploads(session, limits).find("upl_a")
+        DroppableUploads(session, limits).find(["upl_a"])
     assert len(statements) == 4
     check_plans(site, statements)
 
