@@ -7,6 +7,7 @@ its children in order. If it is killed, the watchdog (`cli/watchdog.py`) termina
 import atexit
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +29,8 @@ from deltadock.words import duration
 
 HOST: Final = "127.0.0.1"
 POLL_SECONDS: Final = 0.1
+LOG_BYTES: Final = 32 << 20
+"""Size at which a child's log is put aside; the one before it goes."""
 
 
 class _Watchdog:
@@ -192,6 +195,17 @@ class Child:
         """Stop what remains of the process group and run the command again."""
         self.stop()
         self._process = self._start()
+
+    def rotate_log(self) -> None:
+        """Put a log aside that has become large, and begin it anew.
+
+        The child keeps the file open for appending, so it is copied and emptied, as by logrotate's
+        copytruncate: what is written in between is lost.
+        """
+        with suppress(OSError):  # a full disk: then there is no copy, and the log is kept
+            if self.log.stat().st_size > LOG_BYTES:
+                shutil.copyfile(self.log, self.log.with_name(f"{self.log.name}.1"))
+                os.truncate(self.log, 0)
 
     def wait_until(self, ready: Callable[[], bool], seconds: float = 60.0) -> None:
         """Poll `ready` until it is true.

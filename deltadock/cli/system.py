@@ -191,6 +191,7 @@ def keep_running(
     restarts: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=MAX_RESTARTS))
     while not stopping.wait(0.5):
         for child in children:
+            child.rotate_log()
             if child.poll() is None:
                 continue
             recent, now = restarts[child.name], time.monotonic()

@@ -15,9 +15,26 @@ import pytest
 import redis
 from sqlalchemy import create_engine, make_url, text
 
-from deltadock.cli import services
+from deltadock.cli import processes, services
 from deltadock.cli.processes import Child, free_ports, port_is_free
 from deltadock.errors import Unavailable
+from tests.waiting import wait_until
+
+
+def test_a_large_log_is_put_aside_and_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "LOG_BYTES", 100)
+    log, aside, go = tmp_path / "a.log", tmp_path / "a.log.1", tmp_path / "go"
+    command = ["sh", "-c", f"seq 50; while [ ! -e {go} ]; do sleep 0.05; done; echo later"]
+    with Child("chatty", command, log=log) as child:
+        wait_until(lambda: log.read_text().endswith("50\n"))
+        child.rotate_log()
+        assert aside.read_text().splitlines()[-1] == "50"
+        go.touch()
+        wait_until(lambda: log.read_text() == "later\n")
+        child.rotate_log()
+        assert log.read_text() == "later\n", "it is small again"
 
 
 def test_valkey_persists_and_stops_after_an_exception(tmp_path: Path) -> None:
