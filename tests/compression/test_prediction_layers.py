@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from deltadock.artifacts.export import merge
+from deltadock.artifacts.names import is_embedding, is_head, is_past_layers
 from deltadock.client.loading import load_delta
 from deltadock.compression.checkpoints import KEPT_LAYERS
 from deltadock.compression.options import CompressOptions, Source
@@ -47,3 +48,13 @@ def test_the_rest_is_calibrated_and_the_layers_are_carried(
     )
     with torch.inference_mode(), load_delta(bare, out, base=base):
         torch.testing.assert_close(bare(TOKENS).logits, whole(TOKENS).logits, rtol=0, atol=0)
+
+
+def test_their_copies_of_the_embedding_and_head_are_neither() -> None:
+    for name, is_one in (("embed_tokens", is_embedding), ("lm_head", is_head)):
+        assert is_one(f"model.{name}.weight")
+        assert not is_one(f"model.layers.2.{name}.weight")
+    for kind in ({"num_hidden_layers": 2}, {"num_hidden_layers": 3}, {}):
+        past = kind.get("num_hidden_layers") == 2
+        assert is_past_layers("model.layers.2.eh_proj.weight", kind) == past
+        assert not is_past_layers("model.visual.layers.2.weight", kind)
