@@ -54,7 +54,9 @@ class InferenceNode:
         self._disk = DiskTier(self._files, settings.node_disk_bytes)
         running = settings.node_max_sequences
         self._admission = Admission(
-            running + settings.node_max_waiting, running + settings.node_max_waiting_per_delta
+            running + settings.node_max_waiting,
+            running + settings.node_max_waiting_per_delta,
+            settings.node_max_waiting // 4,
         )
         self._turns = BaseTurns(self._hold, self._serve)
         self._templates = TemplateSandbox()
@@ -216,7 +218,7 @@ class InferenceNode:
         `end` ends one that has a `name`.
 
         Raises:
-            Overloaded: the node's queue, or the delta's, is full.
+            Overloaded: the node's queue, the delta's or the tenant's share of it is full.
             Unavailable: the node serves only another base, was too long busy with one, or is
                 draining.
             InvalidInput: a prompt is empty or too long, or there are more answers than the limit.
@@ -225,11 +227,11 @@ class InferenceNode:
         if self.draining:
             raise Unavailable("The node is draining; send the request to another.")
         count = len(prompts_of(request)) * request.answers
-        self._admission.enter(target.queue_key, count)
+        self._admission.enter(target, count)
         try:
             generation = await self._start(target, request)
         except BaseException:
-            self._admission.leave(target.queue_key, count)
+            self._admission.leave(target, count)
             raise
         if name is not None:
             self._generations[name] = generation
@@ -275,7 +277,7 @@ class InferenceNode:
                 target,
                 tokenizer,
                 self.metrics,
-                on_finish=partial(self._admission.leave, target.queue_key),
+                on_finish=partial(self._admission.leave, target),
                 started_at=started_at,
             )
             generation.start(prompts, request.answers, sampling, slot, grammar)
