@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,8 @@ TOKENIZER_FILES: Final = (
 REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 MAX_CHARACTER_TOKENS: Final = 4
 """A character's UTF-8 bytes are spread over at most this many tokens."""
+MAX_PENDING_TOKENS: Final = 32
+"""So many tokens that complete no character are no text: they are decoded as they are."""
 CONTEXT_TOKENS: Final = 16
 """Tokens of the prompt in whose context the output is decoded."""
 
@@ -201,9 +204,13 @@ class TextStream:
         self._skip_special_tokens = skip_special_tokens
         self._pending: list[int] = []
         """Tokens that have not completed a character."""
-        self._stop = tuple(stop)
-        self._held_back: list[tuple[str, bool]] = []
+        self._context: list[int] = []
+        """Tokens before them, which are complete."""
+        self._stops = [_StopFinder(text) for text in stop]
+        self._held_back: deque[tuple[str, bool]] = deque()
         """Pieces of text, and whether each is part of the answer."""
+        self._held = 0
+        """Characters held back."""
         self.stopped = False
         """Whether a stop string has been generated; the text ends before it."""
         begin = max(len(prompt) - CONTEXT_TOKENS, 0)
@@ -222,24 +229,29 @@ class TextStream:
         for length in range(len(prompt), max(len(prompt) - MAX_CHARACTER_TOKENS, -1), -1):
             text = self._tokenizer.decode(prompt[:length])
             if not text.endswith(REPLACEMENT):
-                self._stream = DecodeStream(ids=prompt[:length], skip_special_tokens=True)
+                self._continue(prompt[:length], prompt[length:])
                 self._prompt_tail = self._tokenizer.decode(prompt[length:])
-                for token in prompt[length:]:
-                    self._decode(token)
                 return
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._continue([], [])
+
+    def _continue(self, context: list[int], pending: list[int]) -> str:
+        """Go on after `context`, which is output, and `pending`; the text that these complete."""
+        self._context, self._pending = context, []
+        self._stream = DecodeStream(ids=context, skip_special_tokens=True)
+        return "".join(self._decode(token) or "" for token in pending)
 
     def push(self, token: int) -> str:
         """Append a token; returns the text that is final now."""
-        text = self._decode(token)
-        if text:
-            self._held_back.append((text.removeprefix(self._prompt_tail), True))
-            self._prompt_tail = ""
         special = self._tokenizer.special_text(token)
-        if special is not None:
-            visible = not (self._skip_special_tokens and self._tokenizer.is_hidden(token))
-            self._held_back.append((special, visible))
-        return self._release()
+        if special is None:
+            text = self._decode(token)
+            if not text:
+                return ""
+            released = self._release(text.removeprefix(self._prompt_tail))
+            self._prompt_tail = ""
+            return released
+        visible = not (self._skip_special_tokens and self._tokenizer.is_hidden(token))
+        return self._release(special, visible=visible)
 
     def _decode(self, token: int) -> str | None:
         self._pending.append(token)
@@ -249,51 +261,93 @@ class TextStream:
             # A byte-fallback decoder replaces a whole run of bytes if one of them is invalid,
             # even text that is already output: continue without that context.
             text = self._tokenizer.decode(self._pending)
-            self._stream = DecodeStream(ids=self._pending, skip_special_tokens=True)
+            self._continue(self._pending, [])
         if text:
-            self._pending = []
+            self._context, self._pending = self._pending, []
+        elif len(self._pending) > MAX_PENDING_TOKENS:
+            return self._decode_pending()
         return text
 
-    def _release(self) -> str:
-        text = "".join(piece for piece, _ in self._held_back)
-        found = [index for index in map(text.find, self._stop) if index >= 0]
-        if found:
+    def _decode_pending(self) -> str:
+        """The pending tokens' text, without those at the end that may begin a character.
+
+        Each token decodes all pending ones, so that their number must have a limit.
+        """
+        begin = len(self._pending)
+        for index in range(begin - 1, begin - MAX_CHARACTER_TOKENS, -1):
+            if not self._tokenizer.continues_character(self._pending[index]):
+                begin = index
+                break
+        text = self._tokenizer.decode(self._pending[:begin])
+        return text + self._continue(self._context, self._pending[begin:])
+
+    def _release(self, text: str, *, visible: bool = True) -> str:
+        """Append a piece of text; what is final then."""
+        ends = [(finder, finder.find_end(text)) for finder in self._stops]
+        begins = [self._held + end - len(finder.stop) for finder, end in ends if end is not None]
+        self._held_back.append((text, visible))
+        self._held += len(text)
+        if begins:
             self.stopped = True
-            return self._take(min(found))
-        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
-        return self._take(len(text) - keep)
+            return self._take(min(begins))
+        return self._take(self._held - max((finder.matched for finder in self._stops), default=0))
 
     def _take(self, length: int) -> str:
         """The answer's part of the first `length` characters held back, which are dropped."""
-        taken = ""
-        rest: list[tuple[str, bool]] = []
-        for piece, visible in self._held_back:
+        taken = []
+        self._held -= length
+        while length:
+            piece, visible = self._held_back.popleft()
             if visible:
-                taken += piece[:length]
+                taken.append(piece[:length])
             if piece[length:]:
-                rest.append((piece[length:], visible))
-            length = max(length - len(piece), 0)
-        self._held_back = rest
-        return taken
+                self._held_back.appendleft((piece[length:], visible))
+            length -= min(length, len(piece))
+        return "".join(taken)
 
     def finish(self) -> str:
         """The text still held back, once no token follows."""
         if self.stopped:
             return ""
         text = self._tokenizer.decode(self._pending).removeprefix(self._prompt_tail)
-        self._held_back.append((text, True))
-        text = self._release()
-        if not self.stopped:
-            text += self._take(sum(len(piece) for piece, _ in self._held_back))
-        return text
+        text = self._release(text)
+        return text if self.stopped else text + self._take(self._held)
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
-    for length in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+class _StopFinder:
+    """Finds a string in a text that comes in pieces (Knuth, Morris and Pratt, 1977).
+
+    The time per character does not depend on the string's length, which has no limit.
+
+    Attributes:
+        stop: the string.
+        matched: characters of its beginning with which the text ends.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self.stop, self.matched = stop, 0
+        self._borders = [0]
+        """By length of a beginning, less 1, of the next shorter beginning that ends it; as far as
+        the text has matched."""
+
+    def find_end(self, text: str) -> int | None:
+        """Append to the text; where in `text` the string ends, if it does."""
+        for index, character in enumerate(text):
+            self.matched = self._step(self.matched, character)
+            if self.matched == len(self.stop):
+                return index + 1
+        return None
+
+    def _step(self, matched: int, character: str) -> int:
+        while matched and self.stop[matched] != character:
+            matched = self._border(matched)
+        return matched + (self.stop[matched] == character)
+
+    def _border(self, length: int) -> int:
+        while len(self._borders) < length:
+            added = self.stop[len(self._borders)]
+            self._borders.append(self._step(self._borders[-1], added))
+        return self._borders[length - 1]
 
 
 @dataclass(frozen=True, slots=True)

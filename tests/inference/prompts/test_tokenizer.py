@@ -1,6 +1,7 @@
 """Incremental decoding: characters spread over tokens, stop strings across token boundaries."""
 
 import json
+import time
 
 import pytest
 from hypothesis import assume, example, given
@@ -14,6 +15,7 @@ from deltadock.inference.prompts.tokenizer import (
     SamplingDefaults,
     TextStream,
     Tokenizer,
+    _StopFinder,
 )
 
 
@@ -66,6 +68,59 @@ def test_an_incomplete_character_is_replaced_at_the_end(tokenizer: Tokenizer) ->
     pieces = [stream.push(token) for token in tokenizer.encode("a€")[:-1]]
     assert pieces == ["a", "", ""]
     assert stream.finish() == REPLACEMENT
+
+
+@given(st.binary(max_size=120), st.sampled_from([b"", b"\xe2", b"\xe2\x82", b"\xf0\x9f"]))
+@example(b"\xe2" * 40 + b"\x82\xac", b"")
+def test_bytes_that_are_no_text_are_replaced_as_they_come(
+    tokenizer: Tokenizer, answer: bytes, again: bytes
+) -> None:
+    by_byte = {tokenizer.token_bytes(token): token for token in range(256)}
+    tokens = [by_byte[bytes([byte])] for byte in answer + again * 50]
+    stream = TextStream(tokenizer, [], ())
+    pieces = [stream.push(token) for token in tokens]
+    assert "".join([*pieces, stream.finish()]) == tokenizer.decode(tokens)
+    assert max(map(len, pieces), default=0) <= 34
+
+
+def seconds_of(tokenizer: Tokenizer, tokens: list[int], stop: tuple[str, ...] = ()) -> float:
+    """CPU time of decoding."""
+    stream = TextStream(tokenizer, [], stop)
+    begun = time.thread_time()
+    for token in tokens:
+        stream.push(token)
+    assert not stream.stopped
+    return time.thread_time() - begun
+
+
+@pytest.mark.parametrize("kind", ["byte", "special", "unknown"])
+def test_tokens_without_text_take_no_more_time_the_more_there_are(
+    tokenizer: Tokenizer, kind: str
+) -> None:
+    """All sequences share the thread that decodes."""
+    token = {"byte": tokenizer.encode("€")[0], "special": 258, "unknown": 5000}[kind]
+    assert seconds_of(tokenizer, [token] * 8000) < 1
+
+
+def test_stop_strings_take_no_more_time_the_longer_they_are(tokenizer: Tokenizer) -> None:
+    letter = tokenizer.encode("a")
+    almost = tuple("a" * 2000 + "b" * number for number in range(1, 16))
+    assert seconds_of(tokenizer, letter * 8000, ("a" * 9000, *almost)) < 1
+
+
+@given(st.text("ab", max_size=30), st.text("ab", min_size=1, max_size=6), st.integers(1, 4))
+def test_a_stop_string_is_found_where_it_first_ends(text: str, stop: str, size: int) -> None:
+    finder = _StopFinder(stop)
+    for begin in range(0, len(text), size):
+        end = finder.find_end(text[begin : begin + size])
+        whole = text[: begin + size]
+        if end is not None:
+            assert whole[: begin + end].endswith(stop)
+            assert whole.find(stop) == begin + end - len(stop)
+            return
+        assert stop not in whole
+        overlaps = (length for length in range(len(stop)) if whole.endswith(stop[:length]))
+        assert finder.matched == max(overlaps)
 
 
 def test_text_that_may_begin_a_stop_string_is_held_back(tokenizer: Tokenizer) -> None:
