@@ -56,15 +56,18 @@ class Generation:
         self,
         prompts: list[list[int]],
         n: int,
-        sampling: SamplingParams,
+        samplings: list[SamplingParams],
         slot: int,
         grammar: TokenGrammar | None = None,
     ) -> None:
-        """Submit `n` sequences per prompt to the engine, numbered in order."""
+        """Submit `n` sequences per prompt to the engine, numbered in order.
+
+        Each prompt has its own sampling parameters.
+        """
         self.prompts = prompts
         self.prompt_tokens = sum(map(len, prompts))
         self._metrics.prompt_tokens.inc(self.prompt_tokens)
-        for prompt in prompts:
+        for prompt, sampling in zip(prompts, samplings, strict=True):
             for choice in range(n):
                 self._sequences.append(
                     Sequence(

@@ -270,8 +270,8 @@ class InferenceNode:
             )
             prompts = await self._encode(target, encode_all)
             context = base.engine.context_tokens
-            sampling = sampling_params(request, tokenizer.defaults, prompts, context, vocabulary)
-            grammar = await self._compile_grammar(target, tokenizer, request, sampling)
+            samplings = sampling_params(request, tokenizer.defaults, prompts, context, vocabulary)
+            grammar = await self._compile_grammar(target, tokenizer, request, samplings[0])
             generation = Generation(
                 base,
                 target,
@@ -280,7 +280,7 @@ class InferenceNode:
                 on_finish=partial(self._admission.leave, target),
                 started_at=started_at,
             )
-            generation.start(prompts, request.answers, sampling, slot, grammar)
+            generation.start(prompts, request.answers, samplings, slot, grammar)
             on_error.pop_all()
         self.metrics.requests.labels("ok").inc()
         return generation

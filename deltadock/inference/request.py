@@ -143,8 +143,8 @@ def sampling_params(
     prompts: Sequence[Sequence[int]],
     context: int,
     vocabulary: int,
-) -> SamplingParams:
-    """Sampling parameters of the encoded prompts, within a context of `context` tokens.
+) -> list[SamplingParams]:
+    """Sampling parameters for each encoded prompt, within a context of `context` tokens.
 
     Raises:
         ContextExceeded: a prompt leaves no room for an answer in the context.
@@ -157,8 +157,8 @@ def sampling_params(
             f"{context} tokens. Shorten it.",
             param="messages" if isinstance(request, ChatRequest) else "prompt",
         )
-    sampling = requested_sampling(request, defaults, context - longest)
-    unknown = [token for token in sampling.logit_bias if token >= vocabulary]
+    sampling = [requested_sampling(request, defaults, context - len(one)) for one in prompts]
+    unknown = [token for token in sampling[0].logit_bias if token >= vocabulary]
     if unknown:
         raise InvalidInput(
             f"`logit_bias` names the token id {unknown[0]}; the model has 0 to {vocabulary - 1}.",
@@ -172,7 +172,7 @@ def requested_sampling(
 ) -> SamplingParams:
     """The request's sampling parameters; unset ones are the model's `defaults`.
 
-    `room` is the number of tokens that the longest prompt leaves; an answer ends where it does.
+    `room` is the number of tokens that the prompt leaves; the answer ends where it does.
     Without a limit, an answer to a conversation may fill it, and a completion has OpenAI's 16
     tokens.
     """

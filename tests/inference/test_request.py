@@ -7,7 +7,7 @@ import pytest
 
 from deltadock.inference.engine.sampling import SamplingParams
 from deltadock.inference.prompts.tokenizer import SamplingDefaults
-from deltadock.inference.request import requested_sampling
+from deltadock.inference.request import requested_sampling, sampling_params
 from deltadock.openai.chat import ChatRequest
 from deltadock.openai.completions import CompletionRequest
 from deltadock.openai.fields import AnswerFields
@@ -68,3 +68,10 @@ def test_a_completions_default_limit_is_16_tokens_or_the_room_left() -> None:
 @ROUTES
 def test_an_answer_ends_with_the_context(make: Any) -> None:
     assert requested_sampling(make(max_tokens=10_000), PUBLISHED, 7).max_tokens == 7
+
+
+def test_the_longest_prompt_cuts_no_other_answer() -> None:
+    prompts = [[1] * 90, [1] * 10]
+    request = CompletionRequest(model="m", prompt=prompts, max_tokens=50)
+    samplings = sampling_params(request, PUBLISHED, prompts, 100, 264)
+    assert [sampling.max_tokens for sampling in samplings] == [10, 50]
