@@ -2,11 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 from weakref import WeakValueDictionary
 
 from deltadock.artifacts.checkpoint import scan_folder
@@ -20,6 +19,7 @@ from deltadock.inference.generation import Generation
 from deltadock.inference.metrics import Metrics
 from deltadock.inference.model.loading import check_servable
 from deltadock.inference.prompts.chat import PROCESSES, TemplateSandbox
+from deltadock.inference.prompts.fair_threads import FairThreads
 from deltadock.inference.prompts.grammar import GrammarProcesses
 from deltadock.inference.prompts.matching import TokenGrammar
 from deltadock.inference.prompts.tokenizer import Tokenizer
@@ -34,13 +34,14 @@ from deltadock.inference.request import (
 from deltadock.inference.turns import BaseTurns, FetchedCheckpoint
 from deltadock.inference.usage import UsageMeter
 from deltadock.model_target import ModelTarget
+from deltadock.openai.chat import ChatRequest
 from deltadock.openai.fields import Usage
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.cache import FileCache
 
-Result = TypeVar("Result")
-
+ENCODERS: Final = 4
+"""Prompts without a template that are encoded at the same time."""
 MAX_REPORTED_DELTAS: Final = 500
 """Limit of a heartbeat; deltas beyond it are in the slowest tier."""
 
@@ -60,10 +61,10 @@ class InferenceNode:
         )
         self._turns = BaseTurns(self._hold, self._serve)
         self._templates = TemplateSandbox()
-        # Threads of their own: a slow template must not hold up loads, which use the default ones.
-        self._encoders = ThreadPoolExecutor(2 * PROCESSES, thread_name_prefix="encode")
-        self._encoding: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        """One prompt of a queue key is encoded at a time, so that others find a thread."""
+        # Threads of their own: a slow template must not hold up loads, which use the default ones,
+        # nor prompts without a template.
+        self._renderers = FairThreads(PROCESSES, "render")
+        self._encoders = FairThreads(ENCODERS, "encode")
         self._compiling: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """One grammar of a queue key is compiled at a time, in a process."""
         self._grammars = GrammarProcesses()
@@ -134,7 +135,8 @@ class InferenceNode:
             await self._registration.close()
         await self._turns.close()
         self._grammars.close()
-        await asyncio.to_thread(self._encoders.shutdown)
+        await asyncio.to_thread(self._renderers.close)
+        await asyncio.to_thread(self._encoders.close)
         await asyncio.to_thread(self._templates.close)
 
     @property
@@ -268,7 +270,8 @@ class InferenceNode:
                 vocabulary,
                 target.tenant,
             )
-            prompts = await self._encode(target, encode_all)
+            threads = self._renderers if isinstance(request, ChatRequest) else self._encoders
+            prompts = await threads.run(target, encode_all)
             context = base.engine.context_tokens
             samplings = sampling_params(request, tokenizer.defaults, prompts, context, vocabulary)
             grammar = await self._compile_grammar(target, tokenizer, request, samplings[0])
@@ -284,17 +287,6 @@ class InferenceNode:
             on_error.pop_all()
         self.metrics.requests.labels("ok").inc()
         return generation
-
-    async def _encode(self, target: ModelTarget, work: Callable[[], Result]) -> Result:
-        """Run blocking work on a request in a thread; one of a delta and tenant at a time.
-
-        The next one waits for its end even if its request is cancelled.
-        """
-        lock = self._encoding.setdefault(target.queue_key, asyncio.Lock())
-        await lock.acquire()
-        running = asyncio.get_running_loop().run_in_executor(self._encoders, work)
-        running.add_done_callback(lambda _: lock.release())
-        return await asyncio.shield(running)
 
     async def _compile_grammar(
         self,
@@ -314,7 +306,7 @@ class InferenceNode:
             if token in eos or tokenizer.special_text(token) is not None
         )
         end_ids = frozenset(ends)
-        spellings = await self._encode(target, lambda: tokenizer.spellings)
+        spellings = await self._encoders.run(target, lambda: tokenizer.spellings)
         async with self._compiling.setdefault(target.queue_key, asyncio.Lock()):
             return await self._grammars.compile(spellings, spec, end_ids, target.tenant)
 

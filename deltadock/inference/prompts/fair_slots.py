@@ -17,14 +17,18 @@ class FairSlots:
     @asynccontextmanager
     async def slot(self, tenant: str | None) -> AsyncIterator[None]:
         """Keep a slot while the block runs."""
+        await self.take(tenant)
+        try:
+            yield
+        finally:
+            self.release()
+
+    async def take(self, tenant: str | None) -> None:
+        """Keep a slot until `release`."""
         if self._free:
             self._free -= 1
         else:
             await self._turn(tenant)
-        try:
-            yield
-        finally:
-            self._pass_on()
 
     async def _turn(self, tenant: str | None) -> None:
         """Wait until a slot is passed on to this request."""
@@ -34,12 +38,12 @@ class FairSlots:
             await turn
         except asyncio.CancelledError:
             if not turn.cancelled():  # it had its turn just before
-                self._pass_on()
+                self.release()
             elif turn in (turns := self._waiting.get(tenant, deque())):
                 turns.remove(turn)
             raise
 
-    def _pass_on(self) -> None:
+    def release(self) -> None:
         """Give a slot to the next tenant's first request that still waits."""
         while self._waiting:
             tenant, turns = self._waiting.popitem(last=False)
