@@ -36,8 +36,8 @@ from benchmarks.tables import (
     verdict,
     write_rows,
 )
-from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.artifacts.export import merge
+from deltadock.artifacts.folder import scan_folder
 from deltadock.artifacts.tokenizers import open_tokenizer
 from deltadock.compression.checkpoints import open_pair
 from deltadock.compression.options import (

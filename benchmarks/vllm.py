@@ -41,7 +41,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.harness import describe_machine
-from deltadock.artifacts.checkpoint import scan_folder
+from deltadock.artifacts.folder import scan_folder
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.writer import write_artifact
 from deltadock.storage.blobs.port import blob_key

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from deltadock.artifacts.checkpoint import SHARD_INDEX, list_folder, model_files
+from deltadock.artifacts.checkpoint import SHARD_INDEX, model_files
+from deltadock.artifacts.folder import list_folder
 from deltadock.errors import Forbidden, InvalidInput, NotFound, TooLarge, Unavailable
 from deltadock.extras import needed_extras
 from deltadock.settings import Settings

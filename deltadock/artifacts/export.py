@@ -11,13 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deltadock.artifacts.checkpoint import (
-    MODEL_FILES,
-    CheckpointManifest,
-    TensorEntry,
-    scan_folder,
-)
+from deltadock.artifacts.checkpoint import MODEL_FILES, CheckpointManifest, TensorEntry
 from deltadock.artifacts.compatibility import tied_head
+from deltadock.artifacts.folder import scan_folder
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import merged_tensor
 from deltadock.errors import Conflict, InvalidArtifact

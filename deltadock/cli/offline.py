@@ -333,7 +333,8 @@ def _choose(
     Raises:
         InvalidInput, Conflict: they do not fit together, or not the folders' configurations.
     """
-    from deltadock.artifacts.checkpoint import ADAPTER_TYPE, read_headers
+    from deltadock.artifacts.checkpoint import ADAPTER_TYPE
+    from deltadock.artifacts.folder import read_headers
     from deltadock.compression.checks import check_compressible
 
     of = read_headers(finetuned).config
@@ -347,8 +348,8 @@ def _choose(
 def _preview(
     finetuned: Path, base: Path | None, info: MethodInfo, goal: Goal | None
 ) -> SizePreview:
-    from deltadock.artifacts.checkpoint import read_headers, scan_folder
     from deltadock.artifacts.compatibility import check_differs, check_same_architecture
+    from deltadock.artifacts.folder import read_headers, scan_folder
     from deltadock.compression.preview import carried_bytes, preview_size, read_shapes, shapes_of
 
     if base is None:
@@ -387,7 +388,8 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
 ) -> None:
     """Measure a delta against its fine-tune and base on a text."""
-    from deltadock.artifacts.checkpoint import ADAPTER_CONFIG, folder_files
+    from deltadock.artifacts.checkpoint import ADAPTER_CONFIG
+    from deltadock.artifacts.folder import folder_files
     from deltadock.client.progress import work_bar
     from deltadock.compression.adapters.importing import evaluate_adapter
     from deltadock.compression.quality import evaluate as evaluate_model

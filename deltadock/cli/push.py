@@ -167,7 +167,7 @@ def _upload_bar(hint: Hint) -> "Iterator[BytesProgress]":
 
 def _warn_of_family(folder: Path) -> None:
     """Say what cannot be done with a base of this family, before it is uploaded."""
-    from deltadock.artifacts.checkpoint import read_headers
+    from deltadock.artifacts.folder import read_headers
     from deltadock.compression.families import check_family
 
     try:

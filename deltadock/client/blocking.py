@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, Unpack
 
 import httpx
 
-from deltadock.artifacts.checkpoint import folder_files, read_headers
+from deltadock.artifacts.folder import folder_files, read_headers
 from deltadock.client import routes
 from deltadock.client.checks import check_method, check_size, check_text
 from deltadock.client.connection import certificates, http_options

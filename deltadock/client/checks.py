@@ -4,13 +4,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
-from deltadock.artifacts.checkpoint import (
-    ADAPTER_TYPE,
-    TOKENIZER,
-    CheckpointManifest,
-    scan_folder,
-)
+from deltadock.artifacts.checkpoint import ADAPTER_TYPE, TOKENIZER, CheckpointManifest
 from deltadock.artifacts.compatibility import check_same_architecture
+from deltadock.artifacts.folder import scan_folder
 from deltadock.client.routes import GoalOptions
 from deltadock.compression.checks import check_compressible
 from deltadock.compression.options import (

@@ -22,9 +22,9 @@ from deltadock.artifacts.checkpoint import (
     CheckpointManifest,
     TensorEntry,
     merkle_root,
-    scan_folder,
 )
 from deltadock.artifacts.configs import EPSILONS, ROPE, check_same_forward, expand
+from deltadock.artifacts.folder import scan_folder
 from deltadock.artifacts.names import find_name, is_embedding, is_head, is_past_layers
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import TORCH_DTYPES, fits_base, merged_tensor

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from deltadock.artifacts.checkpoint import TensorEntry, folder_files, ignored_files, scan_folder
+from deltadock.artifacts.checkpoint import TensorEntry
 from deltadock.artifacts.compatibility import (
     check_differs,
     inherits_tokenizer,
@@ -23,6 +23,7 @@ from deltadock.artifacts.compatibility import (
 )
 from deltadock.artifacts.configs import check_same_forward
 from deltadock.artifacts.encodings import NUMPY_DTYPES
+from deltadock.artifacts.folder import folder_files, ignored_files, scan_folder
 from deltadock.artifacts.names import is_embedding, is_head, is_in_block, is_past_layers
 from deltadock.compression.progress import ProgressReporter
 from deltadock.compression.report import UNRELATED

@@ -15,15 +15,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple
 
-from deltadock.artifacts.checkpoint import (
-    ADAPTER_TYPE,
-    CheckpointManifest,
-    FileEntry,
-    folder_files,
-    read_header,
-)
+from deltadock.artifacts.checkpoint import ADAPTER_TYPE, CheckpointManifest, FileEntry
 from deltadock.artifacts.compatibility import differing_files, match_tensors
 from deltadock.artifacts.container import DTYPE_BITS
+from deltadock.artifacts.folder import folder_files, read_header
 from deltadock.artifacts.manifest import DEFLATED_FROM
 from deltadock.artifacts.names import EMBEDDINGS, HEADS, is_in_block
 from deltadock.compression.options import METHODS, Goal, rank_budget

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
-from deltadock.artifacts.checkpoint import scan_folder
+from deltadock.artifacts.folder import scan_folder
 from deltadock.errors import Conflict, ModelNotFound, NotFound, NotReady, Unavailable
 from deltadock.inference.admission import Admission
 from deltadock.inference.base import ServedBase

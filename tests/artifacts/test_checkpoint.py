@@ -21,10 +21,9 @@ from deltadock.artifacts.checkpoint import (
     TensorEntry,
     assemble,
     check_path,
-    read_headers,
-    scan_folder,
     weight_files,
 )
+from deltadock.artifacts.folder import read_headers, scan_folder
 from deltadock.errors import InvalidCheckpoint, MalformedSafetensors, UnsafeFile
 
 CONFIG = {"model_type": "qwen2", "hidden_size": 4}

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.artifacts.encodings import (
     Encoded,
     encode_exact,
@@ -21,6 +20,7 @@ from deltadock.artifacts.encodings import (
     quantize_rows_midrise,
 )
 from deltadock.artifacts.export import merge
+from deltadock.artifacts.folder import scan_folder
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.writer import write_artifact
 from deltadock.errors import BaseMismatch, Conflict, InvalidArtifact, InvalidCheckpoint

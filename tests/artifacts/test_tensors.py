@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.artifacts.encodings import (
     NUMPY_DTYPES,
     decode_dense,
@@ -23,6 +22,7 @@ from deltadock.artifacts.encodings import (
     quantize_rows_midrise,
 )
 from deltadock.artifacts.export import merge
+from deltadock.artifacts.folder import scan_folder
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import (
     TORCH_DTYPES,

@@ -13,7 +13,7 @@ from sqlalchemy import make_url
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltadock import __version__
-from deltadock.artifacts.checkpoint import scan_folder
+from deltadock.artifacts.folder import scan_folder
 from deltadock.compression.encoder import Encoder
 from deltadock.compression.options import METHODS
 from deltadock.compression.progress import Forecast

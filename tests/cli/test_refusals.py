@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from deltadock.artifacts.checkpoint import scan_folder
+from deltadock.artifacts.folder import scan_folder
 from tests.cli.support import (
     QUERY,
     Command,

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import deltadock
-from deltadock.artifacts.checkpoint import TensorEntry, scan_folder
+from deltadock.artifacts.checkpoint import TensorEntry
 from deltadock.artifacts.encodings import (
     Encoded,
     encode_alias,
@@ -35,6 +35,7 @@ from deltadock.artifacts.encodings import (
     encode_transposed,
 )
 from deltadock.artifacts.export import merge
+from deltadock.artifacts.folder import scan_folder
 from deltadock.artifacts.writer import write_artifact
 from deltadock.errors import BaseMismatch, InvalidArtifact, UnsupportedModel
 from tests.artifacts.make_golden import MANIFEST

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
-from deltadock.artifacts.checkpoint import ADAPTER_CONFIG, MODEL_FILES, scan_folder
+from deltadock.artifacts.checkpoint import ADAPTER_CONFIG, MODEL_FILES
 from deltadock.artifacts.compatibility import TIED_BY_DEFAULT
 from deltadock.artifacts.export import merge
+from deltadock.artifacts.folder import scan_folder
 from deltadock.artifacts.reader import Artifact
 from deltadock.client.loading import load_delta
 from deltadock.compression.families import CALIBRATED

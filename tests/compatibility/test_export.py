@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.artifacts.export import merge
+from deltadock.artifacts.folder import scan_folder
 from deltadock.artifacts.reader import Artifact
 from deltadock.compression.adapters.exporting import export_adapter
 from deltadock.compression.model.families import auto_class

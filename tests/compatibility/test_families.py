@@ -8,8 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.artifacts.export import merge
+from deltadock.artifacts.folder import scan_folder
 from deltadock.client.loading import load_delta
 from deltadock.compression.families import CALIBRATED
 from deltadock.compression.model.families import auto_class

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from deltadock.artifacts.checkpoint import read_headers
 from deltadock.artifacts.encodings import Encoded, decode_dense, decode_floats
 from deltadock.artifacts.export import merge
+from deltadock.artifacts.folder import read_headers
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.writer import write_artifact
 from deltadock.compression.adapters.encoding import adapter_digest, encode_adapter

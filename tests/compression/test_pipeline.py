@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.artifacts.compatibility import inherits_tokenizer
 from deltadock.artifacts.export import merge
+from deltadock.artifacts.folder import scan_folder
 from deltadock.artifacts.reader import Artifact
 from deltadock.compression.calibration import sampling, windows
 from deltadock.compression.checkpoints import open_pair

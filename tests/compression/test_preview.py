@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from benchmarks.sizes_7b import qwen2_5_7b
-from deltadock.artifacts.checkpoint import scan_folder
+from deltadock.artifacts.folder import scan_folder
 from deltadock.compression.checkpoints import open_pair
 from deltadock.compression.options import (
     METHODS,

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from deltadock.artifacts.checkpoint import scan_folder
+from deltadock.artifacts.folder import scan_folder
 from deltadock.inference.engine.engine import Engine
 from deltadock.inference.engine.sampling import SamplingParams, make_draws
 from deltadock.inference.engine.sequence import Event, Sequence

@@ -15,7 +15,7 @@ import numpy as np
 import openai
 import uvicorn
 
-from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
+from deltadock.artifacts.checkpoint import CheckpointManifest
 from deltadock.artifacts.encodings import (
     SvdMatrix,
     Vectors,
@@ -25,6 +25,7 @@ from deltadock.artifacts.encodings import (
     quantize_rows_midrise,
 )
 from deltadock.artifacts.export import merge
+from deltadock.artifacts.folder import scan_folder
 from deltadock.artifacts.writer import write_artifact
 from deltadock.inference.node import InferenceNode
 from deltadock.inference.server import create_app

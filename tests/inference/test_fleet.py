@@ -16,7 +16,7 @@ import pytest
 
 from deltadock.api.dependencies import Resources
 from deltadock.api.main import create_app
-from deltadock.artifacts.checkpoint import scan_folder
+from deltadock.artifacts.folder import scan_folder
 from deltadock.cli.processes import Child, free_ports
 from deltadock.names import DEFAULT
 from deltadock.settings import Settings

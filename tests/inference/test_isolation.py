@@ -14,7 +14,7 @@ import openai
 import pytest
 import torch
 
-from deltadock.artifacts.checkpoint import scan_folder
+from deltadock.artifacts.folder import scan_folder
 from deltadock.errors import Unavailable
 from deltadock.inference.base import ServedBase
 from tests.inference.support import (

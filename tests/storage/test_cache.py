@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
+from deltadock.artifacts.checkpoint import CheckpointManifest
+from deltadock.artifacts.folder import scan_folder
 from deltadock.errors import (
     DamagedBlob,
     InvalidCheckpoint,

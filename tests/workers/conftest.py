@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
+from deltadock.artifacts.checkpoint import CheckpointManifest
+from deltadock.artifacts.folder import scan_folder
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.repositories import (

@@ -18,12 +18,12 @@ from deltadock.artifacts.checkpoint import (
     ADAPTER_WEIGHTS,
     CONFIG,
     CheckpointManifest,
-    scan_folder,
 )
 from deltadock.artifacts.compatibility import is_tied, tied_head
 from deltadock.artifacts.configs import check_same_forward, expand
 from deltadock.artifacts.encodings import Encoded, inflate, parts
 from deltadock.artifacts.export import new_folder, write_carried, write_tensors
+from deltadock.artifacts.folder import scan_folder
 from deltadock.artifacts.names import find_name, is_embedding, is_head
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import TORCH_DTYPES, merged_tensor

@@ -17,13 +17,12 @@ from deltadock.artifacts.checkpoint import (
     CONFIG,
     TOKENIZER_CONFIG,
     configures_chat,
-    folder_files,
-    ignored_files,
 )
 from deltadock.artifacts.compatibility import TIED, VOCABULARY, is_tied
 from deltadock.artifacts.encodings import (
     Encoded,
 )
+from deltadock.artifacts.folder import folder_files, ignored_files
 from deltadock.artifacts.names import is_head
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.writer import write_artifact

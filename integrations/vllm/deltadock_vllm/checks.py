@@ -6,9 +6,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from deltadock.artifacts.checkpoint import CONFIG, MODEL_FILES, CheckpointManifest, scan_folder
+from deltadock.artifacts.checkpoint import CONFIG, MODEL_FILES, CheckpointManifest
 from deltadock.artifacts.compatibility import quantization, tied_head
 from deltadock.artifacts.configs import check_same_forward
+from deltadock.artifacts.folder import scan_folder
 from deltadock.artifacts.reader import Artifact
 from deltadock.errors import InvalidArtifact, UnsupportedModel
 

@@ -17,7 +17,8 @@ import pytest
 
 from deltadock.api.protocol import PIECE_BYTES, Body, Protocol
 from deltadock.api.uploads.receive import BATCH_BYTES
-from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
+from deltadock.artifacts.checkpoint import CheckpointManifest
+from deltadock.artifacts.folder import scan_folder
 from tests.api.support import CONFIG, TEXT, Api, sha256, weights
 from tests.waiting import wait_until
 

@@ -14,8 +14,8 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.artifacts.export import merge
+from deltadock.artifacts.folder import scan_folder
 from tests.inference.conftest import VOCABULARY
 from tests.inference.support import (
     PROMPT,

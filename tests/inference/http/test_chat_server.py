@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from deltadock.artifacts.checkpoint import scan_folder
+from deltadock.artifacts.folder import scan_folder
 from deltadock.inference.prompts.tokenizer import BYTE_CHARACTERS
 from tests.inference.support import RunningNode, Site, start, write_delta
 from tests.waiting import wait_until

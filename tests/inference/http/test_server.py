@@ -16,7 +16,7 @@ import pytest
 import torch
 import typer
 
-from deltadock.artifacts.checkpoint import scan_folder
+from deltadock.artifacts.folder import scan_folder
 from deltadock.inference.engine.engine import MAX_DEVICE_FAILURES
 from deltadock.inference.prompts.tokenizer import Tokenizer, read_tokenizer_files
 from deltadock.inference.server import NodeServer, serve

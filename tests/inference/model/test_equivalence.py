@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.artifacts.export import merge
+from deltadock.artifacts.folder import scan_folder
 from deltadock.artifacts.reader import Artifact
 from deltadock.compression.options import METHODS, CompressOptions, Source
 from deltadock.compression.pipeline import compress

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.operators import OperatorCounter
-from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.artifacts.encodings import (
     Encoded,
     decode_dense,
@@ -30,6 +29,7 @@ from deltadock.artifacts.encodings import (
     stored_array,
 )
 from deltadock.artifacts.export import merge
+from deltadock.artifacts.folder import scan_folder
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import packed_delta
 from deltadock.artifacts.writer import write_artifact
