@@ -10,7 +10,8 @@ from deltadock.artifacts.checkpoint import CheckpointManifest
 from deltadock.artifacts.compatibility import check_differs, check_structure
 from deltadock.compression.checks import check_compressible
 from deltadock.compression.options import Goal, MethodInfo
-from deltadock.compression.preview import TensorShape, carried_bytes, shapes_of
+from deltadock.compression.preview import carried_bytes
+from deltadock.compression.shapes import TensorShape, shapes_of
 from deltadock.errors import (
     ArchitectureMismatch,
     InvalidAdapter,

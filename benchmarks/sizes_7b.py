@@ -9,7 +9,8 @@ changed. No weights are needed: sizes follow from shapes.
 import argparse
 
 from deltadock.compression.options import METHODS, Goal
-from deltadock.compression.preview import SizePreview, TensorShape, preview_size
+from deltadock.compression.preview import SizePreview, preview_size
+from deltadock.compression.shapes import TensorShape
 
 VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS = 152064, 3584, 18944, 28
 KEY_VALUE = 4 * HIDDEN // 28

@@ -350,7 +350,8 @@ def _preview(
 ) -> SizePreview:
     from deltadock.artifacts.compatibility import check_differs, check_same_architecture
     from deltadock.artifacts.folder import read_headers, scan_folder
-    from deltadock.compression.preview import carried_bytes, preview_size, read_shapes, shapes_of
+    from deltadock.compression.preview import carried_bytes, preview_size
+    from deltadock.compression.shapes import read_shapes, shapes_of
 
     if base is None:
         return preview_size(read_shapes(finetuned), info.name, goal)

@@ -17,7 +17,8 @@ from deltadock.compression.options import (
     default_method,
     goal_for,
 )
-from deltadock.compression.preview import carried_bytes, preview_size, read_shapes, shapes_of
+from deltadock.compression.preview import carried_bytes, preview_size
+from deltadock.compression.shapes import read_shapes, shapes_of
 from deltadock.errors import InvalidGoal, NotFound
 
 LONG_TEXT_BYTES: Final = 1 << 16

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from deltadock.artifacts.names import block_of, is_embedding
 from deltadock.compression.checkpoints import CheckpointPair, MatrixRef
 from deltadock.compression.model.forward import BlockwiseModel
-from deltadock.compression.preview import TensorShape
+from deltadock.compression.shapes import TensorShape
 
 Role = Literal["linear", "head", "embedding"]
 

@@ -22,12 +22,13 @@ from deltadock.compression.options import (
     MethodInfo,
     Source,
 )
-from deltadock.compression.preview import TensorShape, carried_bytes, preview_size, shapes_of
+from deltadock.compression.preview import carried_bytes, preview_size
 from deltadock.compression.progress import Progress, ProgressReporter
 from deltadock.compression.report import Report
 from deltadock.compression.residence import scratch_for
 from deltadock.compression.search import FIRST_BITS, fit_size, reach_bound
 from deltadock.compression.session import CompressionSession
+from deltadock.compression.shapes import TensorShape, shapes_of
 
 RESERVE: Final = 1.25
 """Budget that the first decompositions serve, relative to the first budget tried: a search for a

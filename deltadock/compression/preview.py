@@ -7,35 +7,19 @@ well; tests compare them with real artifacts.
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from deltadock.artifacts.checkpoint import ADAPTER_TYPE, CheckpointManifest, FileEntry
-from deltadock.artifacts.compatibility import differing_files, match_tensors
+from deltadock.artifacts.checkpoint import CheckpointManifest, FileEntry
+from deltadock.artifacts.compatibility import differing_files
 from deltadock.artifacts.container import DTYPE_BITS
-from deltadock.artifacts.folder import folder_files, read_header
 from deltadock.artifacts.manifest import DEFLATED_FROM
-from deltadock.artifacts.names import EMBEDDINGS, HEADS, is_in_block
 from deltadock.compression.options import METHODS, Goal, rank_budget
-from deltadock.errors import InvalidCheckpoint, InvalidGoal
-
-Role = Literal["linear layers", "output head", "embeddings", "other tensors"]
-ROLES: Final[tuple[Role, ...]] = (
-    "linear layers",
-    "output head",
-    "embeddings",
-    "other tensors",
-)
-FLOATS: Final = frozenset({"BF16", "F16", "F32", "F64"})
-_NOT_COMPRESSED: Final = re.compile(
-    r"norm|conv|visual|vision|image|audio|router|rotary|relative|position|(^|\.)wpe\."
-)
-
+from deltadock.compression.shapes import ROLES, Role, TensorShape
+from deltadock.errors import InvalidGoal
 
 OVERESTIMATES: Final[Mapping[str, float]] = MappingProxyType({"optimix": 2.0, "delta-zip": 1.5})
 OVERESTIMATE: Final = 1.1
@@ -44,41 +28,6 @@ the other methods."""
 
 RUNS_PADDING: Final = 680
 """Bytes of alignment per matrix, as measured."""
-
-
-class TensorShape(NamedTuple):
-    """A tensor of the fine-tune: its name, safetensors dtype, shape, and whether it changed.
-
-    One that was saved in another dtype than the base's counts as changed, though its values may be
-    the same (`recast`): only reading both tells. One of an adapter (`added`) is no weight of the
-    model that it makes of its base.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    changed: bool = True
-    recast: bool = False
-    added: bool = False
-
-    @property
-    def weights(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def role(self) -> Role:
-        """The tensor's role in the model, by its name."""
-        if self.dtype not in FLOATS or len(self.shape) < 2 or _NOT_COMPRESSED.search(self.name):
-            return "other tensors"
-        parts = self.name.removesuffix(".weight").split(".")
-        if len(self.shape) == 2 and parts[-1] in EMBEDDINGS:
-            return "embeddings"
-        if len(self.shape) == 2 and parts[-1] in HEADS and not is_in_block(self.name):
-            return "output head"
-        if len(self.shape) <= 3 and is_in_block(self.name) and parts[-1] != "bias":
-            return "linear layers"
-        return "other tensors"
 
 
 class TensorKind(NamedTuple):
@@ -272,49 +221,6 @@ class SizePreview:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, with `ratio` and `true_bits`."""
         return {**asdict(self), "ratio": self.ratio, "true_bits": self.true_bits}
-
-
-def read_shapes(folder: Path) -> list[TensorShape]:
-    """Read the tensors of a checkpoint folder from file headers; all count as changed.
-
-    Raises:
-        InvalidCheckpoint: there are no safetensors files, or one is malformed.
-    """
-    shapes = [
-        TensorShape(spec.name, spec.dtype, spec.shape)
-        for path in sorted(folder_files(folder))
-        if path.endswith(".safetensors")
-        for spec in read_header(folder, path).tensors
-    ]
-    if not shapes:
-        raise InvalidCheckpoint(f"{folder} holds no .safetensors file with weights.")
-    return shapes
-
-
-def shapes_of(
-    finetuned: CheckpointManifest, base: CheckpointManifest | None = None
-) -> list[TensorShape]:
-    """The fine-tune's tensors; without a base, all count as changed.
-
-    Of an adapter: the base's, and its own.
-    """
-    if base is None:
-        return [TensorShape(t.name, t.dtype, t.shape) for t in finetuned.tensors]
-    if finetuned.config["model_type"] == ADAPTER_TYPE:
-        kept = (TensorShape(t.name, t.dtype, t.shape, changed=False) for t in base.tensors)
-        own = (TensorShape(t.name, t.dtype, t.shape, added=True) for t in finetuned.tensors)
-        return [*kept, *own]
-    before = {t.name: (t.dtype, t.shape, t.sha256) for t in base.tensors}
-    return [
-        TensorShape(
-            name,
-            t.dtype,
-            t.shape,
-            before.get(name) != (t.dtype, t.shape, t.sha256),
-            name in before and before[name][0] != t.dtype,
-        )
-        for name, t in sorted(match_tensors(base, finetuned).items())
-    ]
 
 
 def carried_bytes(finetuned: CheckpointManifest, base: CheckpointManifest | None = None) -> int:

@@ -22,9 +22,10 @@ from deltadock.compression.adapters.encoding import adapter_digest, encode_adapt
 from deltadock.compression.adapters.importing import evaluate_adapter, import_adapter
 from deltadock.compression.checkpoints import CheckpointReader
 from deltadock.compression.options import CalibrationOptions, CompressOptions, Source
-from deltadock.compression.preview import preview_size, shapes_of
+from deltadock.compression.preview import preview_size
 from deltadock.compression.progress import ProgressReporter
 from deltadock.compression.quality import evaluate
+from deltadock.compression.shapes import shapes_of
 from deltadock.errors import (
     ArchitectureMismatch,
     DeltadockError,

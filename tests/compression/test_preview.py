@@ -22,17 +22,10 @@ from deltadock.compression.options import (
     goal_for,
 )
 from deltadock.compression.pipeline import compress, pair_shapes
-from deltadock.compression.preview import (
-    RUNS_PADDING,
-    SIZE_ESTIMATES,
-    TensorShape,
-    carried_bytes,
-    preview_size,
-    read_shapes,
-    shapes_of,
-)
+from deltadock.compression.preview import RUNS_PADDING, SIZE_ESTIMATES, carried_bytes, preview_size
 from deltadock.compression.scratch import Scratch
 from deltadock.compression.session import CompressionSession
+from deltadock.compression.shapes import TensorShape, read_shapes, shapes_of
 from deltadock.errors import InvalidCheckpoint, InvalidGoal, MalformedSafetensors
 
 Pair = tuple[Path, Path]
