@@ -20,6 +20,7 @@ from deltadock.api.quotas import within_bytes
 from deltadock.api.uploads.ahead import THREADS as HASH_AHEAD_THREADS
 from deltadock.api.uploads.ahead import HashAhead, Prefix
 from deltadock.api.uploads.assembly import assemble_upload
+from deltadock.api.uploads.fair_threads import FairThreads
 from deltadock.api.uploads.receive import make_inspector
 from deltadock.api.uploads.service import (
     check_arrived,
@@ -52,8 +53,12 @@ from deltadock.storage.tenancy import EVERY_TENANT
 
 WAIT_SECONDS: Final = 5.0
 """A completion that takes longer is answered with 202, and goes on."""
-THREADS: Final = 2
+THREADS: Final = 3
 """Uploads at once; each hashes in two threads, one for files and one for tensors."""
+IMPORT_THREADS: Final = 3
+"""Imports at once: they may wait for their sources for hours."""
+TENANT_THREADS: Final = 2
+"""Of each kind, for one tenant."""
 POLL_SECONDS: Final = 5.0
 """Interval at which a process looks for uploads that another one left."""
 REPORT_SECONDS: Final = 1.0
@@ -81,8 +86,10 @@ class Completer:
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._running: dict[str, Future[None]] = {}
-        self._pool = ThreadPoolExecutor(THREADS, "completion")
-        self._hashers = ThreadPoolExecutor(THREADS + HASH_AHEAD_THREADS, "hashing")
+        self._threads = FairThreads(THREADS, TENANT_THREADS, "completion")
+        self._import_threads = FairThreads(IMPORT_THREADS, TENANT_THREADS, "import")
+        hashers = THREADS + IMPORT_THREADS + HASH_AHEAD_THREADS
+        self._hashers = ThreadPoolExecutor(hashers, "hashing")
         self.ahead = HashAhead(self._hashers)
         self._poller = threading.Thread(target=self._poll, name="completer", daemon=True)
 
@@ -95,7 +102,8 @@ class Completer:
         self._stopping.set()
         if self._poller.is_alive():
             self._poller.join()
-        self._pool.shutdown(cancel_futures=True)
+        self._threads.shutdown()
+        self._import_threads.shutdown()
         self.ahead.close()
         self._hashers.shutdown()
 
@@ -107,7 +115,7 @@ class Completer:
         """
         upload = await run_in_threadpool(self._begin, tenant_id, upload_id)
         if upload.state is UploadState.COMPLETING:
-            work = asyncio.wrap_future(self.submit(upload_id))
+            work = asyncio.wrap_future(self.submit(upload_id, tenant_id, upload.source))
             await asyncio.wait([work], timeout=WAIT_SECONDS)
             upload = await run_in_threadpool(self._find, tenant_id, upload_id)
             if upload.state is UploadState.OPEN and (reason := upload.error):
@@ -135,11 +143,16 @@ class Completer:
         with self._database.read_scope() as session:
             return require_upload(session, tenant_id, upload_id)
 
-    def submit(self, upload_id: str) -> Future[None]:
-        """Work on a completing upload, whose row is committed, unless another process does."""
+    def submit(self, upload_id: str, tenant_id: str, source: str | None) -> Future[None]:
+        """Work on a completing upload, whose row is committed, unless another process does.
+
+        Tenants take turns, and imports have threads of their own.
+        """
+        threads = self._threads if source is None else self._import_threads
         with self._lock:
             if upload_id not in self._running:
-                future = self._pool.submit(copy_context().run, self.run, upload_id)
+                work = partial(copy_context().run, self.run, upload_id)
+                future = threads.submit(tenant_id, work)
                 self._running[upload_id] = future
                 future.add_done_callback(lambda _: self._running.pop(upload_id, None))
                 return future
@@ -150,8 +163,8 @@ class Completer:
             try:
                 with self._database.read_scope() as session:
                     waiting = UploadRepository(session, EVERY_TENANT).unleased()
-                for upload_id in waiting:
-                    self.submit(upload_id)
+                for upload in waiting:
+                    self.submit(*upload)
             except DeltadockError as error:  # such as a database that is temporarily down
                 log.warning("completer_failed", error=error.message)
             except Exception:

@@ -148,7 +148,8 @@ def create_upload(
             upload = service.create_import(
                 unit.session, caller.tenant_id, body.kind, body.source, total, body.delta
             )
-            unit.after_commit.append(partial(resources.completer.submit, upload.id))
+            work = (upload.id, caller.tenant_id, body.source)
+            unit.after_commit.append(partial(resources.completer.submit, *work))
         else:
             upload = service.create_upload(
                 unit.session, resources.blobs, caller.tenant_id, body.kind, files, body.delta

@@ -331,9 +331,14 @@ class UploadRepository:
             or_(UploadRow.lease_expires_at.is_(None), UploadRow.lease_expires_at <= now),
         )
 
-    def unleased(self) -> Sequence[str]:
-        """Ids of completing uploads that no process hashes."""
-        return self.session.scalars(select(UploadRow.id).where(self._free())).all()
+    def unleased(self) -> list[tuple[str, str, str | None]]:
+        """(id, tenant, source) of completing uploads that no process hashes, oldest first."""
+        query = (
+            select(UploadRow.id, UploadRow.tenant_id, UploadRow.source)
+            .where(self._free())
+            .order_by(UploadRow.updated_at)
+        )
+        return [row._tuple() for row in self.session.execute(query)]
 
     def acquire(self, upload_id: str, owner: str, seconds: float) -> UploadRow | None:
         """Lease a completing upload to `owner`; None if another process has it."""

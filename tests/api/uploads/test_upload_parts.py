@@ -21,14 +21,14 @@ import pytest
 from deltadock.api.uploads import completion
 from deltadock.api.uploads.completion import Completer
 from deltadock.cli.processes import free_ports
-from deltadock.errors import Unavailable
+from deltadock.errors import DeltadockError, Unavailable
 from deltadock.settings import Settings
 from deltadock.storage.blobs import PartedFile, local_parts, parts
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.blobs.local_parts import LocalPartedFile
 from deltadock.storage.database import migrate
 from deltadock.storage.repositories import UploadRepository
-from deltadock.storage.tables import UploadKind, UploadState
+from deltadock.storage.tables import UploadKind, UploadRow, UploadState
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests.api.support import CONFIG, TEXT, Api, bearer, issue_key, sha256, weights
 from tests.waiting import wait_until
@@ -318,7 +318,7 @@ def test_an_upload_can_be_aborted_while_it_completes(api: Api, slow: threading.E
     assert api.client.delete(f"/v1/uploads/{upload}").status_code == 204
     assert parted(api) == frozenset()
     slow.set()
-    api.resources.completer.submit(upload).result(10)
+    api.resources.completer.submit(upload, LOCAL_TENANT, None).result(10)
     assert api.client.get(f"/v1/uploads/{upload}").status_code == 404
     assert not api.resources.blobs.exists(sha256(WEIGHTS))
 
@@ -483,3 +483,31 @@ class TestProcess:
         finally:
             process.terminate()
             process.wait(20)
+
+
+def test_the_uploads_of_a_tenant_do_not_keep_anothers_from_completing(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acme = api.client.post("/v1/tenants", json={"name": "acme"}).json()["id"]
+    go_on = threading.Event()
+    real = Completer._complete
+
+    def slow(self: Completer, upload: UploadRow) -> DeltadockError | None:
+        if upload.tenant_id == acme:
+            go_on.wait(30)
+        return real(self, upload)
+
+    monkeypatch.setattr(Completer, "_complete", slow)
+    monkeypatch.setattr(completion, "WAIT_SECONDS", 0.2)
+    headers = bearer(issue_key(api.resources.settings, tenant=acme))
+    with httpx.Client(base_url=api.client.base_url, timeout=30, headers=headers) as client:
+        other = Api(client, api.resources)
+        for _ in range(3):
+            assert complete(other, sent(other)).status_code == 202
+    mine = sent(api)
+    complete(api, mine)
+    url = f"/v1/uploads/{mine}"
+    try:
+        wait_until(lambda: api.client.get(url).json()["state"] == "complete")
+    finally:
+        go_on.set()
