@@ -7,7 +7,7 @@ Where the device has room, packed student and teacher stay on it, and a step unp
 once and keeps the graphs of all blocks. Else one block's weights are in memory at a time: a step
 unpacks them for the forward and again for the backward pass, which repeats the forward. Both give
 the same scales. The result is kept only if it is better on windows that neither train nor are
-reported.
+reported. Scales whose outputs are not finite there are not trained: their gradients are not either.
 """
 
 import math
@@ -23,6 +23,7 @@ from deltadock.artifacts.encodings import DELTA_ENCODINGS, Encoded
 from deltadock.compression.calibration.windows import CalibrationSet, spaced
 from deltadock.compression.checkpoints import CheckpointPair, CheckpointReader, TensorSource
 from deltadock.compression.model.forward import Backward, BlockwiseModel
+from deltadock.compression.quality import check_finite
 from deltadock.compression.residence import DeviceMemory, device_budget
 from deltadock.compression.scratch import Scratch
 from deltadock.compression.trainable_delta import TrainableDelta, flatten_factors, unit_factors
@@ -60,6 +61,9 @@ def distill(
         The encodings, with trained scales if they are better; and the KL divergence on the
         choosing windows `before` and `after`, with `kept` 1 or 0; and `resident` 1 or 0, whether
         student and teacher stayed on the device.
+
+    Raises:
+        InvalidCalibration: the fine-tuned model's outputs are not finite.
     """
     with Scratch() as scratch:
         memory = DeviceMemory(scratch, model.device, device_budget(model.device))
@@ -72,7 +76,7 @@ def distill(
         progress(0.0, "measuring before distillation")
         choosing_kl = partial(_mean_kl, model, choosing, student, teacher)
         before = choosing_kl()
-        if not any(student.factors.values()):
+        if not any(student.factors.values()) or not math.isfinite(before):
             figures = {"before": before, "after": before, "kept": 0.0}
             return dict(encoded), figures | {"resident": float(memory.complete)}
         relative_error = max(before, 0.0) / max(_kl_without_deltas(student, choosing_kl), 1e-30)
@@ -248,6 +252,7 @@ class _Teacher:
         new = [k for k, key in enumerate(keys) if key not in self._final]
         if new:
             final = self._model.final_hidden(self._last_states(windows[new]), self._source)
+            check_finite(final)
             for k, states in zip(new, final, strict=True):
                 self._memory.put(keys[k], states)
                 self._final.add(keys[k])

@@ -1,7 +1,8 @@
 """Quality of a delta: how closely its model's predictions follow the fine-tune's.
 
 KL divergence and negative log likelihood are in nats per token, averaged over every position of
-the windows given; agreement is the fraction of positions with the same most likely token.
+the windows given; agreement is the fraction of positions with the same most likely token. Where a
+delta's outputs are not finite, none is.
 """
 
 import math
@@ -26,6 +27,7 @@ from deltadock.compression.checkpoints import (
 )
 from deltadock.compression.model.forward import BlockwiseModel
 from deltadock.compression.report import Quality
+from deltadock.errors import InvalidCalibration
 
 IGNORED: Final = -100
 """Label of positions without a next token."""
@@ -123,6 +125,9 @@ def measure(
         known: the fine-tune's last block's outputs (n, length, hidden), which then need not be
             computed again.
         progress: called with the number of block passes done and in total.
+
+    Raises:
+        InvalidCalibration: the fine-tune's outputs are not finite.
     """
     total = 3 * len(model.blocks)
     hidden = []
@@ -136,6 +141,8 @@ def measure(
                 states = runner.run_block(index, states, source)
                 progress(number * len(model.blocks) + index + 1, total)
         hidden.append(runner.final_hidden(states, source))
+        if number == 0:
+            check_finite(hidden[-1])
     # The last position of a window has no next token.
     labels = F.pad(windows[:, 1:], (0, 1), value=IGNORED).flatten().to(model.device)
     sums, seen = torch.zeros(7, dtype=torch.float64), 0
@@ -153,6 +160,19 @@ def measure(
     return Quality(kl, kl_base, same, nll, nll_finetuned, nll_base, seen, kl_error)
 
 
+def check_finite(hidden: Tensor) -> None:
+    """Refuse a fine-tune whose outputs (..., hidden) cannot be compared with.
+
+    Raises:
+        InvalidCalibration: they hold NaN or an infinity.
+    """
+    if not hidden.isfinite().all():
+        raise InvalidCalibration(
+            "The fine-tuned model's outputs on the text hold NaN or an infinity. Take other text, "
+            "or check the checkpoint."
+        )
+
+
 @torch.inference_mode()
 def _compare(finetuned: Tensor, delta: Tensor, base: Tensor, labels: Tensor) -> Tensor:
     """Sums of (KL to delta, KL to base, agreements, squares of the first, NLLs of fine-tuned, delta
@@ -165,7 +185,8 @@ def _compare(finetuned: Tensor, delta: Tensor, base: Tensor, labels: Tensor) -> 
     kl, kl_base = (
         F.kl_div(other, target, reduction="none", log_target=True).sum(-1) for other in others
     )
-    same = (finetuned.argmax(dim=-1) == delta.argmax(dim=-1)).sum()
+    # NaN is the largest of a row, wherever it is.
+    same = ((finetuned.argmax(dim=-1) == delta.argmax(dim=-1)) & kl.isfinite()).sum()
     nll = [
         F.nll_loss(log_probs, labels, ignore_index=IGNORED, reduction="sum")
         for log_probs in (target, *others)

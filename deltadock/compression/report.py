@@ -56,8 +56,8 @@ class Quality:
 
     @property
     def is_far(self) -> bool:
-        """Whether the delta is far from its fine-tune: see `POOR`."""
-        return self.kl > max(POOR * self.kl_base, LEAST_POOR)
+        """Whether the delta is far from its fine-tune: see `POOR`. One whose KL is not finite is."""
+        return not math.isfinite(self.kl) or self.kl > max(POOR * self.kl_base, LEAST_POOR)
 
 
 def not_measured(error: InvalidInput) -> str:
@@ -156,10 +156,12 @@ class Report:
         """Take the figures of the whole model, describe their text, and say if they are poor."""
         self.quality, self.measured_on = quality, measured_on
         if quality.is_far:
-            far = (
-                f"The delta is far from its fine-tune: its KL is {quality.kl:.3g}, that of the "
-                f"bare base {quality.kl_base:.3g}."
+            figures = (
+                f"its KL is {quality.kl:.3g}, that of the bare base {quality.kl_base:.3g}"
+                if math.isfinite(quality.kl)
+                else "its outputs hold NaN or an infinity"
             )
+            far = f"The delta is far from its fine-tune: {figures}."
             advice = (
                 " Is this the base that was fine-tuned? If so, allow more bits, or take another "
                 "method or text."

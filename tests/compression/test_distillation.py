@@ -241,3 +241,16 @@ def test_a_step_reads_no_file_and_unpacks_each_tensor_once(
         name for name, one in prepared.encoded.items() if one.record["kind"] in DELTA_ENCODINGS
     )
     assert steps == [deltas] * distillation.STEPS
+
+
+def test_scales_whose_outputs_overflow_are_not_trained(
+    make_pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = Prepared(*make_pair())
+    name = next(name for name, one in prepared.encoded.items() if "s" in one.segments)
+    prepared.encoded[name].segments["s"][0] = np.inf
+    monkeypatch.setattr(distillation, "_accumulate", None)
+    encoded, figures = prepared.distill()
+    assert encoded == prepared.encoded
+    assert not np.isfinite(figures["before"])
+    assert figures["kept"] == 0

@@ -17,6 +17,7 @@ from deltadock.compression.checkpoints import CheckpointReader
 from deltadock.compression.model import forward
 from deltadock.compression.model.forward import BlockwiseModel
 from deltadock.compression.quality import base_model, measure
+from deltadock.errors import InvalidCalibration
 
 
 @pytest.mark.parametrize("rope", [None, {"rope_type": "linear", "factor": 4.0}])
@@ -79,3 +80,37 @@ def test_figures_equal_those_of_whole_models(
         error = float(kls.std(correction=0)) / math.sqrt(windows.numel())
         assert figures(delta=sources[0])["kl_error"] == pytest.approx(error, rel=1e-3)
     assert whole["kl_error"] == pytest.approx(0, abs=1e-9)
+
+
+class Overflowing:
+    """A checkpoint whose outputs are NaN in windows with the token `TOKEN`."""
+
+    TOKEN = 7
+
+    def __init__(self, source: CheckpointReader) -> None:
+        self._source = source
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._source
+
+    def tensor(self, name: str) -> Tensor:
+        tensor = self._source.tensor(name)
+        if name == "model.embed_tokens.weight":
+            tensor[self.TOKEN] = math.inf
+        return tensor
+
+
+def test_outputs_that_are_not_finite_agree_with_nothing(
+    make_pair: Callable[..., tuple[Path, Path]],
+) -> None:
+    base, tuned = make_pair(tied=False)
+    model, source = BlockwiseModel(tuned), CheckpointReader(tuned)
+    windows = torch.randint(8, 256, (6, 40), generator=torch.Generator().manual_seed(0))
+    windows[2, 30] = Overflowing.TOKEN
+    sources = {"base": CheckpointReader(base), "finetuned": source, "delta": Overflowing(source)}
+    quality = measure(model, model, windows, **sources)
+    assert quality.agreement == pytest.approx(5 / 6)
+    assert math.isnan(quality.kl)
+    sources["finetuned"] = sources["delta"]
+    with pytest.raises(InvalidCalibration, match="hold NaN or an infinity"):
+        measure(model, model, windows, **sources)

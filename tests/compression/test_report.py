@@ -21,7 +21,16 @@ def test_figures_that_json_cannot_hold_are_left_out_with_a_note() -> None:
 
 @pytest.mark.parametrize(
     ("kl", "kl_base", "poor"),
-    [(0.9, 2.0, False), (1.1, 2.0, True), (3.0, 2.0, True), (1e-12, 0.0, False), (1e-3, 0.0, True)],
+    [
+        (0.9, 2.0, False),
+        (1.1, 2.0, True),
+        (3.0, 2.0, True),
+        (1e-12, 0.0, False),
+        (1e-3, 0.0, True),
+        (math.nan, 2.0, True),
+        (math.inf, math.inf, True),
+        (0.1, math.nan, False),
+    ],
 )
 def test_a_delta_that_is_far_from_its_fine_tune_has_a_note(
     kl: float, kl_base: float, poor: bool

@@ -28,7 +28,13 @@ from deltadock.compression.options import (
 from deltadock.compression.pipeline import compress
 from deltadock.compression.progress import Progress
 from deltadock.compression.report import UNRELATED, Report
-from deltadock.errors import BitsOutOfRange, Cancelled, InvalidGoal, UnsupportedModel
+from deltadock.errors import (
+    BitsOutOfRange,
+    Cancelled,
+    InvalidCalibration,
+    InvalidGoal,
+    UnsupportedModel,
+)
 from tests.compression.conftest import delta_quality
 from tests.compression.matrices import compress_one
 
@@ -122,6 +128,23 @@ def test_sampling_propagates_the_callers_exception(pair: Pair, tmp_path: Path) -
     options = CompressOptions(calibration=CalibrationOptions(tokens=512, length=64))
     with pytest.raises(StoppingError):
         compress(*pair, tmp_path / "a.delta", options, calibration=None, progress=stop)
+
+
+def overflow(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every weight is finite, and no output is."""
+    weights["model.layers.0.self_attn.q_proj.weight"][3, 5] = 3e38
+    return weights
+
+
+@pytest.mark.parametrize(
+    "method", ["adamix", "low-rank", "bitdelta", "bitdelta-distilled", "exact"]
+)
+def test_a_fine_tune_whose_outputs_overflow_is_compared_with_nothing(
+    method: str, pair: Pair, text: Path, tmp_path: Path
+) -> None:
+    rewrite(pair[1], overflow)
+    with pytest.raises(InvalidCalibration, match="hold NaN or an infinity"):
+        make(pair, text, tmp_path, method)
 
 
 @pytest.mark.parametrize("goal", [{"bits": 0.5}, {"target_bytes": 30_000}, {"max_kl": 0.1}])
