@@ -18,7 +18,7 @@ from deltadock.errors import NotInstalled
 from deltadock.settings import Settings
 from deltadock.tracing import configure_tracing
 from deltadock.workers import tasks
-from deltadock.workers.compress import Outcome
+from deltadock.workers.compress import Outcome, WorkerContext
 from tests.api.support import Api, StandInNode, serving
 from tests.tracing import recording
 
@@ -37,18 +37,30 @@ def test_from_a_request_to_the_task(
 ) -> None:
     body = api.delta_body()
     monkeypatch.setattr(tasks, "compress_job", lambda *_: Outcome.READY)
-    monkeypatch.setattr(tasks, "get_context", lambda: None)
+    parts = api.resources
+    context = WorkerContext(parts.settings, parts.database, parts.blobs)
+    monkeypatch.setattr(tasks, "get_context", lambda: context)
     with recording() as exporter:
-        assert api.client.post("/v1/deltas", json=body).status_code == 202
+        job_id = api.client.post("/v1/deltas", json=body).json()["job"]["id"]
         headers = message_headers(broker_url)
-        tasks.compress.apply(("job_x",), headers=headers)
+        tasks.compress.apply((job_id,), headers=headers)
         request, task = exporter.get_finished_spans()
     assert (request.name, request.kind) == ("POST /v1/deltas", SpanKind.SERVER)
     assert (task.name, task.kind) == ("compress", SpanKind.CONSUMER)
-    assert task.attributes == {"deltadock.job": "job_x"}
+    assert task.attributes == {"deltadock.job": job_id}
     assert task.context.trace_id == request.context.trace_id
     assert task.parent is not None
     assert task.parent.span_id == request.context.span_id
+
+    with recording() as exporter:  # the task of one request takes the job of another
+        jobs = [
+            api.client.post("/v1/deltas", json=body | {"bits": bits}).json()["job"]["id"]
+            for bits in (2.0, 3.0)
+        ]
+        tasks.compress.apply((jobs[1],), headers=headers)
+        *_, task = exporter.get_finished_spans()
+    assert task.attributes == {"deltadock.job": jobs[0]}
+    assert task.context.trace_id != request.context.trace_id
 
 
 def test_from_a_request_to_the_node(api: Api, node: StandInNode, node_url: str) -> None:

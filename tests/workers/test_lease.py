@@ -90,7 +90,7 @@ def test_only_leases_of_this_machines_dead_workers_are_ended(
     expire_leases_of_dead(context.database)
     with context.database.read_scope() as session:
         live = JobRepository(session, LOCAL_TENANT).leases()
-        lost = JobRepository(session, LOCAL_TENANT).lost()
+        lost = JobRepository(session, LOCAL_TENANT).stale()
     ours, gone, foreign = owners
     assert live == {ours: own, foreign: owners[foreign]}
     assert lost == [gone]

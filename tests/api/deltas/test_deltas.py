@@ -135,7 +135,7 @@ def test_other_options_create_a_new_version_and_what_was_cancelled_continues(
     assert (again.status_code, again.json()["delta"]["version"]) == (202, 1)
     job = again.json()["job"]
     assert (job["id"], job["state"], job["priority"]) == (first["job"]["id"], "queued", "high")
-    assert queued_jobs(broker_url) == [job["id"]]
+    assert queued_jobs(broker_url).count(job["id"]) == 2
 
 
 def test_another_name_shares_a_ready_artifact(api: Api, broker_url: str) -> None:
