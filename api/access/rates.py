@@ -1,7 +1,7 @@
 """Rate limits per tenant, counted in Redis so that all processes of the api share them."""
 
 import time
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import structlog
 from limits import RateLimitItemPerMinute
@@ -18,7 +18,16 @@ log = structlog.get_logger(__name__)
 
 WINDOW_SECONDS: Final = 60
 TIMEOUT_SECONDS: Final = 1.0
+TTL_ERROR_SECONDS: Final = 1.0
+"""Redis tells how long a window lasts in whole seconds."""
 Unit = Literal["request", "token"]
+
+
+class Reservation(NamedTuple):
+    """Tokens that are counted until this time, at the latest until their answer has ended."""
+
+    tokens: int
+    until: float
 
 
 class Rates:
@@ -56,14 +65,49 @@ class Rates:
         limit = caller.tokens_per_minute
         return {} if limit is None else await self._count(caller, "token", limit, 0)
 
-    async def charge_tokens(self, caller: Caller, tokens: int) -> None:
-        """Count tokens that an answer took; the last answer may exceed the limit."""
-        if caller.tokens_per_minute is not None and tokens > 0:
-            item = RateLimitItemPerMinute(caller.tokens_per_minute)
-            try:
-                await self._limiter.hit(item, "token", caller.tenant_id, cost=tokens)
-            except RedisError as error:
-                log.warning("tokens_not_counted", error=str(error))
+    async def reserve_tokens(self, caller: Caller, tokens: int) -> Reservation:
+        """Count the tokens that an answer may take, until it has ended.
+
+        The last answer may exceed the limit: it is refused only if others have reached it.
+
+        Raises:
+            RateLimited: they have, with what is reserved for those that are not at their end.
+        """
+        limit = caller.tokens_per_minute
+        assert limit is not None
+        item, key = RateLimitItemPerMinute(limit), ("token", caller.tenant_id)
+        try:
+            total = await self._add(item, key, tokens)
+            reset, _ = await self._limiter.get_window_stats(item, *key)
+            if total - tokens >= limit:
+                await self._add(item, key, -tokens)
+                raise _limited("token", limit, reset)
+        except RedisError as error:
+            log.warning("tokens_not_counted", error=str(error))
+            return Reservation(0, 0.0)
+        return Reservation(tokens, reset - TTL_ERROR_SECONDS)
+
+    async def settle_tokens(self, caller: Caller, reserved: Reservation, tokens: int) -> None:
+        """Count the tokens that an answer took, instead of those that were reserved for it.
+
+        A reservation counts in its own minute alone, where an answer that lasts longer counts too:
+        in another one, nothing is left to give back.
+        """
+        limit = caller.tokens_per_minute
+        more = tokens - reserved.tokens
+        if limit is None or not more or (more < 0 and time.time() > reserved.until):
+            return
+        item = RateLimitItemPerMinute(limit)
+        try:
+            await self._add(item, ("token", caller.tenant_id), more)
+        except RedisError as error:
+            log.warning("tokens_not_counted", error=str(error))
+
+    async def _add(self, item: RateLimitItemPerMinute, key: tuple[str, ...], tokens: int) -> int:
+        """Add to what this minute counts; returns it."""
+        storage = self._limiter.storage
+        assert isinstance(storage, RedisStorage)
+        return await storage.incr(item.key_for(*key), item.get_expiry(), tokens)
 
     async def _count(self, caller: Caller, unit: Unit, limit: int, cost: int) -> dict[str, str]:
         item, key = RateLimitItemPerMinute(limit), (unit, caller.tenant_id)
@@ -76,18 +120,29 @@ class Rates:
         except RedisError as error:
             log.warning("rate_not_counted", error=str(error))
             return {}
-        seconds = max(1, round(reset - time.time()))
-        headers = {
-            "RateLimit-Policy": f'"{unit}s";q={limit};w={WINDOW_SECONDS}',
-            "RateLimit": f'"{unit}s";r={remaining};t={seconds}',
-        }
         if not within:
-            raise RateLimited(
-                f"Your tenant may use {counted(limit, unit)} a minute. Try again in {seconds} s.",
-                headers=headers | {"Retry-After": str(seconds)},
-            )
-        return headers
+            raise _limited(unit, limit, reset)
+        return _headers(unit, limit, remaining, reset)
 
     async def close(self) -> None:
         """Close the connections."""
         await self._pool.disconnect()
+
+
+def _headers(unit: Unit, limit: int, remaining: int, reset: float) -> dict[str, str]:
+    return {
+        "RateLimit-Policy": f'"{unit}s";q={limit};w={WINDOW_SECONDS}',
+        "RateLimit": f'"{unit}s";r={remaining};t={_seconds(reset)}',
+    }
+
+
+def _seconds(reset: float) -> int:
+    return max(1, round(reset - time.time()))
+
+
+def _limited(unit: Unit, limit: int, reset: float) -> RateLimited:
+    seconds = _seconds(reset)
+    return RateLimited(
+        f"Your tenant may use {counted(limit, unit)} a minute. Try again in {seconds} s.",
+        headers=_headers(unit, limit, 0, reset) | {"Retry-After": str(seconds)},
+    )

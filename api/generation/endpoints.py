@@ -112,9 +112,9 @@ async def _forward(
 
     target = await run_in_threadpool(find)
     content = body.model_dump(exclude_unset=True)
-    meter = Meter.of(resources.rates, caller, content)
-    answer = await ask_nodes(resources, request, target, path, content, meter)
-    return ForwardedResponse(answer, meter)
+    async with Meter.of(resources.rates, caller, content) as meter:
+        answer = await ask_nodes(resources, request, target, path, content, meter)
+        return ForwardedResponse(answer, meter)
 
 
 GENERATE_PROBLEMS = problems(NotFound, NotReady, InvalidInput, Overloaded, Unavailable)

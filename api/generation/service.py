@@ -1,6 +1,6 @@
 """Resolves and lists models, and generates text with them through a node."""
 
-from typing import Final
+from typing import Any, Final
 
 from fastapi import Request
 from sqlalchemy.orm import Session
@@ -139,13 +139,26 @@ async def generate(
         Unavailable: no node could answer, or its response is not a completion.
     """
     completion_request = {"model": model, **body.model_dump(exclude_none=True)}
-    meter = Meter.of(resources.rates, caller, completion_request)
-    answer = await ask_nodes(resources, request, target, COMPLETIONS, completion_request, meter)
-    response = await answer.read()
-    if answer.status != 200:
+    async with Meter.of(resources.rates, caller, completion_request) as meter:
+        answer = await ask_nodes(resources, request, target, COMPLETIONS, completion_request, meter)
+        completion = _completion(answer.status, await answer.read())
+        if meter is not None:
+            meter.measure(0 if completion.usage is None else completion.usage.total_tokens)
+            await meter.charge()
+        return completion
+
+
+def _completion(status: int, response: Any) -> Completion:
+    """The completion that a node answered with.
+
+    Raises:
+        DeltadockError: it answered with this error.
+        Unavailable: its response is not a completion.
+    """
+    if status != 200:
         error = response.get("error", {}) if isinstance(response, dict) else {}
-        message = str(error.get("message", f"The inference node answered {answer.status}."))
-        default = InvalidInput if answer.status < 500 else Unavailable
+        message = str(error.get("message", f"The inference node answered {status}."))
+        default = InvalidInput if status < 500 else Unavailable
         raise NODE_ERRORS.get(str(error.get("code")), default)(message)
     try:
         completion = Completion.model_validate(response)
@@ -153,6 +166,4 @@ async def generate(
             raise ValueError("no choices")
     except ValueError as error:  # pydantic's ValidationError is one
         raise Unavailable("The inference node's response is not a completion.") from error
-    if completion.usage is not None:
-        await resources.rates.charge_tokens(caller, completion.usage.total_tokens)
     return completion

@@ -4,6 +4,7 @@ import contextlib
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ import httpx
 import pytest
 from starlette.responses import JSONResponse, StreamingResponse
 
+from deltadock.api.access import rates
 from deltadock.client.blocking import Client
 from deltadock.errors import QuotaExceeded
 from deltadock.openai.fields import PROMPT_TOKENS_HEADER
@@ -271,7 +273,7 @@ class TestTokens:
 
     def left_without_asking(self, tenant: Api) -> int:
         answer = tenant.client.post("/v1/completions", json={**self.ASK, "model": "none"})
-        assert answer.status_code == 404
+        assert answer.status_code in {404, 429}
         return self.told(answer)
 
     @staticmethod
@@ -335,6 +337,41 @@ class TestTokens:
         tenant.client.post("/v1/completions", json={**self.ASK, "stream": True})
         node.answer = None
         assert self.left(tenant) == 20
+
+    @pytest.mark.parametrize("route", ["/v1/completions", "/v1/bases/tiny/generate"])
+    def test_requests_at_once_are_within_the_limit_together(
+        self, tenant: Api, node: StandInNode, route: str
+    ) -> None:
+        go_on = threading.Event()
+
+        class Held(JSONResponse):
+            async def __call__(self, *args: Any) -> None:
+                while not go_on.is_set():
+                    await anyio.sleep(0.02)
+                await super().__call__(*args)
+
+        usage = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+        choice = {"index": 0, "text": " 42", "finish_reason": "stop", "logprobs": None}
+        node.answer = Held(
+            {"id": "c", "created": 1, "model": "tiny", "choices": [choice], "usage": usage}
+        )
+        body = self.ASK if route == "/v1/completions" else {"prompt": "x"}
+        with ThreadPoolExecutor(6) as pool:
+            asked = [pool.submit(tenant.client.post, route, json=body) for _ in range(6)]
+            try:
+                wait_until(lambda: sum(one.done() for one in asked) == 5, 10)
+            finally:
+                go_on.set()
+            statuses = sorted(one.result().status_code for one in asked)
+        assert statuses == [200, *[429] * 5]
+        assert self.left_without_asking(tenant) == 12, "what it did not take is given back"
+
+    def test_a_reservation_is_not_given_back_to_a_later_minute(
+        self, tenant: Api, node: StandInNode, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(rates, "TTL_ERROR_SECONDS", 60.0)  # its minute is over
+        assert tenant.client.post("/v1/completions", json=self.ASK).status_code == 200
+        assert self.left_without_asking(tenant) == 0
 
     @pytest.mark.parametrize("asked", [False, True])
     def test_a_streams_usage_is_counted_and_shown_if_asked_for(
