@@ -56,7 +56,7 @@ class Quality:
 
     @property
     def is_far(self) -> bool:
-        """Whether the delta is far from its fine-tune: see `POOR`. One whose KL is not finite is."""
+        """Whether the delta is far from its fine-tune: see `POOR`. Without a finite KL it is."""
         return not math.isfinite(self.kl) or self.kl > max(POOR * self.kl_base, LEAST_POOR)
 
 
