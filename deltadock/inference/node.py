@@ -221,8 +221,8 @@ class InferenceNode:
 
         Raises:
             Overloaded: the node's queue, the delta's or the tenant's share of it is full.
-            Unavailable: the node serves only another base, was too long busy with one, or is
-                draining.
+            Unavailable: the node serves only another base, was too long busy with one or with
+                other deltas, or is draining.
             InvalidInput: a prompt is empty or too long, or there are more answers than the limit.
             DeltadockError: whatever loading the base or the delta raised.
         """
@@ -258,7 +258,7 @@ class InferenceNode:
             on_error.callback(base.leave)
             slot, tokenizer = 0, base.tokenizer
             if target.artifact_digest is not None:
-                slot, delta = await base.deltas.acquire(target.artifact_digest)
+                slot, delta = await base.deltas.acquire(target.artifact_digest, target.tenant)
                 on_error.callback(base.deltas.release, target.artifact_digest)
                 tokenizer = delta.tokenizer
             vocabulary = base.model.vocabulary(slot)

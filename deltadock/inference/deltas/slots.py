@@ -1,15 +1,19 @@
 """The device tier: deltas in slots, with reference counts, pins and LRU eviction."""
 
 import asyncio
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
-from deltadock.errors import Conflict
+from deltadock.errors import Conflict, Unavailable
 from deltadock.inference.deltas.tiers import LruTier
 from deltadock.words import counted
 
 Delta = TypeVar("Delta")
+
+MAX_WAIT_SECONDS: Final = 60.0
+"""How long a request waits for a slot."""
 
 
 @dataclass(eq=False, slots=True)
@@ -25,12 +29,21 @@ class Resident(Generic[Delta]):
     """Loading failed, or it was dropped: the slot is freed with the last reference."""
 
 
+@dataclass(eq=False, slots=True)
+class _Waiter(Generic[Delta]):
+    """A request that waits for a delta."""
+
+    digest: str
+    given: "asyncio.Future[Resident[Delta]]"
+
+
 class SlotManager(LruTier[Resident[Delta]]):
     """Deltas by artifact digest in slots 1 to `limit`. Belongs to one event loop.
 
     An acquired delta stays in its slot until `release`. `fill` loads a delta into a slot, replacing
     its contents, and `clear` empties a slot; both run outside the loop, on slots that no running
-    sequence uses.
+    sequence uses. Of the requests that wait for a slot, each tenant's first comes in turn; those
+    for deltas that are in slots do not wait.
     """
 
     def __init__(
@@ -45,7 +58,8 @@ class SlotManager(LruTier[Resident[Delta]]):
         self._fill = fill
         self._clear = clear
         self._free = list(range(limit, 0, -1))
-        self._changed = asyncio.Event()
+        self._waiting: OrderedDict[str | None, deque[_Waiter[Delta]]] = OrderedDict()
+        """By tenant, in the order of their turns."""
 
     @property
     def residents(self) -> Mapping[str, Resident[Delta]]:
@@ -55,21 +69,68 @@ class SlotManager(LruTier[Resident[Delta]]):
     @property
     def full(self) -> bool:
         """Whether acquiring another delta has to wait for a slot."""
-        return not self._free and not any(map(self._evictable, self._entries.values()))
+        return bool(self._waiting) or not (
+            self._free or any(map(self._evictable, self._entries.values()))
+        )
 
-    async def acquire(self, digest: str) -> tuple[int, Delta]:
+    async def acquire(self, digest: str, tenant: str | None = None) -> tuple[int, Delta]:
         """The slot of a delta and the delta, loaded if needed; waits for a free slot.
 
         Raises whatever loading raised; nothing is kept then.
+
+        Raises:
+            Unavailable: all slots were in use for too long.
         """
-        while (resident := self._find_or_load(digest)) is None:
-            self._changed.clear()
-            await self._changed.wait()
+        resident = None
+        if digest in self._entries or not self._waiting:
+            resident = self._find_or_load(digest)
+        if resident is None:
+            resident = await self._turn(digest, tenant)
         try:
             return resident.slot, await asyncio.shield(resident.loading)
         except BaseException:
             self._drop_reference(resident)
             raise
+
+    async def _turn(self, digest: str, tenant: str | None) -> Resident[Delta]:
+        """Wait until the delta is given to this request."""
+        waiter = _Waiter[Delta](digest, asyncio.get_running_loop().create_future())
+        self._waiting.setdefault(tenant, deque()).append(waiter)
+        try:
+            await asyncio.wait({waiter.given}, timeout=MAX_WAIT_SECONDS)
+        except asyncio.CancelledError:
+            if waiter.given.done():
+                self._drop_reference(waiter.given.result())
+            raise
+        finally:
+            if not waiter.given.done():
+                self._remove_waiter(tenant, waiter)
+        if waiter.given.done():
+            return waiter.given.result()
+        raise Unavailable(
+            f"All {self._limit} slots are in use by requests to other deltas. Send the request "
+            "again. An operator can raise DELTADOCK_NODE_MAX_DELTAS."
+        )
+
+    def _remove_waiter(self, tenant: str | None, waiter: _Waiter[Delta]) -> None:
+        self._waiting[tenant].remove(waiter)
+        if not self._waiting[tenant]:
+            del self._waiting[tenant]
+
+    def _give(self) -> None:
+        """Give waiting requests their deltas, tenants in turn, until none can have its."""
+        while any(self._give_one(tenant) for tenant in [*self._waiting]):
+            pass
+
+    def _give_one(self, tenant: str | None) -> bool:
+        """Give a tenant's first request that can have its delta this one; whether there is one."""
+        for waiter in self._waiting[tenant]:
+            if (resident := self._find_or_load(waiter.digest)) is not None:
+                self._waiting.move_to_end(tenant)
+                self._remove_waiter(tenant, waiter)
+                waiter.given.set_result(resident)
+                return True
+        return False
 
     def release(self, digest: str) -> None:
         """Undo one `acquire`; the delta stays until its slot is needed."""
@@ -94,7 +155,7 @@ class SlotManager(LruTier[Resident[Delta]]):
         """Make a delta evictable again; no effect if it is not in a slot."""
         if digest in self._entries:
             self._entries[digest].pinned = False
-            self._changed.set()
+            self._give()
 
     async def unload(self, digest: str) -> None:
         """Empty a delta's slot, if it has one.
@@ -146,7 +207,7 @@ class SlotManager(LruTier[Resident[Delta]]):
         if resident.users == 0:
             if resident.leaving:
                 self._remove(resident.digest)
-            self._changed.set()
+            self._give()
 
     def _evictable(self, entry: Resident[Delta]) -> bool:
         return entry.users == 0 and not entry.pinned

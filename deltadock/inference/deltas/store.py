@@ -95,21 +95,21 @@ class DeltaStore:
         self._device, self._metrics = device, metrics
         self._changed = changed
 
-    async def acquire(self, digest: str) -> tuple[int, PlacedDelta]:
+    async def acquire(self, digest: str, tenant: str | None = None) -> tuple[int, PlacedDelta]:
         """The delta's slot, kept until `release`, and the delta.
 
         It is read into host memory before a slot is evicted for it, and waits there while all
-        slots are in use.
+        slots are in use; tenants that wait take turns.
 
         Raises:
             NotFound, DamagedBlob, InvalidArtifact, BaseMismatch: this delta cannot be loaded.
-            Unavailable: there is not enough memory now.
+            Unavailable: there is not enough memory now, or no slot for too long.
         """
         if digest not in self.slots.residents:
             async with self.host.hold(digest):
                 if not self.slots.full:
-                    return await self.slots.acquire(digest)
-        return await self.slots.acquire(digest)
+                    return await self.slots.acquire(digest, tenant)
+        return await self.slots.acquire(digest, tenant)
 
     def release(self, digest: str) -> None:
         """Undo one `acquire`."""

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deltadock.errors import Conflict
+from deltadock.errors import Conflict, Unavailable
 from deltadock.inference.deltas.slots import SlotManager
 
 Fill = Callable[[int, str], Awaitable[Any]]
@@ -73,6 +73,65 @@ def test_acquire_waits_for_a_free_slot() -> None:
         manager.release("a")
         assert await waiting == (1, "b")
         assert slots.installed == {1: "b"}
+
+    asyncio.run(scenario())
+
+
+def test_tenants_that_wait_for_slots_take_turns() -> None:
+    async def scenario() -> list[str]:
+        manager, given = Slots().manager(2), []
+
+        async def use(digest: str) -> None:
+            await manager.acquire(digest, tenant=digest[0])
+            given.append(digest)
+            await asyncio.sleep(0.02)
+            manager.release(digest)
+
+        names = [f"a{number}" for number in range(8)] + ["b1", "c1", "b2"]
+        await asyncio.gather(*map(use, names))
+        return given
+
+    given = asyncio.run(scenario())
+    assert given[:2] == ["a0", "a1"]
+    assert sorted(given[2:5]) == ["a2", "b1", "c1"]
+    assert given.index("b2") < given.index("a5")
+    assert len(given) == 11
+
+
+def test_a_resident_delta_is_given_to_all_that_wait_for_it() -> None:
+    async def scenario() -> None:
+        manager = Slots().manager(1)
+        await manager.acquire("a")
+        waiting = [asyncio.create_task(manager.acquire("b", tenant)) for tenant in "xxyz"]
+        await asyncio.sleep(0)
+        manager.release("a")
+        assert await asyncio.gather(*waiting) == [(1, "b")] * 4
+        assert manager.residents["b"].users == 4
+
+    asyncio.run(scenario())
+
+
+def test_who_gives_up_or_waits_too_long_keeps_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        manager = Slots().manager(1)
+        await manager.acquire("a")
+        leaving, late = (asyncio.create_task(manager.acquire("b", "t")) for _ in range(2))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.wait({leaving})
+        manager.release("a")
+        late.cancel()  # at the moment in which it has its turn
+        await asyncio.wait({late})
+        while manager.residents["b"].users:
+            await asyncio.sleep(0)
+        assert not manager.full
+        await manager.acquire("c")
+        monkeypatch.setattr("deltadock.inference.deltas.slots.MAX_WAIT_SECONDS", 0.02)
+        with pytest.raises(Unavailable, match="All 1 slots are in use"):
+            await manager.acquire("d", "t")
+        manager.release("c")
+        assert not manager._waiting
+        assert not manager.full
 
     asyncio.run(scenario())
 
@@ -173,7 +232,7 @@ def test_a_delta_being_unloaded_is_loaded_again_on_acquire() -> None:
 )
 def test_an_acquired_delta_stays_until_release(limit: int, users: list[tuple[str, int]]) -> None:
     async def use(manager: SlotManager[Any], slots: Slots, digest: str, pauses: int) -> None:
-        slot, _ = await manager.acquire(digest)
+        slot, _ = await manager.acquire(digest, str(pauses % 2))
         for _ in range(pauses + 1):
             assert slots.installed[slot] == digest
             await asyncio.sleep(0)

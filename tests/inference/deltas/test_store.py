@@ -3,7 +3,7 @@
 import asyncio
 import tempfile
 from collections import Counter
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,6 +256,15 @@ class Users(RuleBasedStateMachine):
         self.loop.run_until_complete(attempt())
         self.settle()
 
+    def call(self, function: Callable[[str], None], digest: str) -> None:
+        """Call a function of the store in its loop."""
+
+        async def called() -> None:
+            function(digest)
+
+        self.loop.run_until_complete(called())
+        self.settle()
+
     def settle(self) -> None:
         """Let every load end, and record the requests that got a slot."""
 
@@ -282,7 +291,9 @@ class Users(RuleBasedStateMachine):
     @rule(number=st.integers(0, len(SIZES) - 1), settles=st.booleans())
     def request(self, number: int, settles: bool) -> None:
         digest = self.site.digests[number]
-        self.waiting.append((digest, self.loop.create_task(self.site.tiers.acquire(digest))))
+        self.waiting.append(
+            (digest, self.loop.create_task(self.site.tiers.acquire(digest, str(number % 2))))
+        )
         if settles:
             self.settle()
 
@@ -290,8 +301,7 @@ class Users(RuleBasedStateMachine):
     @rule(data=st.data())
     def end_a_request(self, data: st.DataObject) -> None:
         digest, _ = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
-        self.site.tiers.release(digest)
-        self.settle()
+        self.call(self.site.tiers.release, digest)
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
@@ -315,8 +325,7 @@ class Users(RuleBasedStateMachine):
     @rule(number=st.integers(0, len(SIZES) - 1))
     def unpin(self, number: int) -> None:
         with suppress(NotFound):
-            self.site.tiers.unpin(self.site.digests[number])
-        self.settle()
+            self.call(self.site.tiers.unpin, self.site.digests[number])
 
     @rule(number=st.integers(0, len(SIZES) - 1))
     def unload(self, number: int) -> None:
@@ -354,7 +363,7 @@ class Users(RuleBasedStateMachine):
         self.settle()
         while self.waiting or self.running:
             while self.running:
-                self.site.tiers.release(self.running.pop()[0])
+                self.call(self.site.tiers.release, self.running.pop()[0])
             for _, task in self.waiting:
                 task.cancel()
             self.settle()
