@@ -4,6 +4,7 @@ Weights are streamed, one decoder block in memory at a time. Encoded blocks go t
 once, so that an interrupted compression resumes; the artifact's bytes do not depend on that.
 """
 
+import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from deltadock.compression.residence import scratch_for
 from deltadock.compression.search import FIRST_BITS, fit_size, reach_bound
 from deltadock.compression.session import CompressionSession
 from deltadock.compression.shapes import TensorShape, shapes_of
+from deltadock.errors import DeltadockError
 
 RESERVE: Final = 1.25
 """Budget that the first decompositions serve, relative to the first budget tried: a search for a
@@ -93,10 +95,32 @@ def compress(
                 )  # fmt: skip
                 report = reach_goal(session, goal, unfinished)
         unfinished.replace(out)
+    except DeltadockError as error:
+        error.message = _without_paths(error.message, base, finetuned)
+        error.args = (error.message,)
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
     report.seconds = time.monotonic() - started
     return report
+
+
+def _without_paths(message: str, base: Path, finetuned: Path) -> str:
+    """An error's text that names the checkpoints, and files relative to them.
+
+    Where a worker has them is nobody's business. A folder that there is not, and a relative path,
+    is left as it was given.
+    """
+    names = {
+        str(path): name
+        for folder, name in ((base, "the base"), (finetuned, "the fine-tune"))
+        if folder.is_dir()
+        for path in (folder.absolute(), folder.resolve())
+    }
+    for path in sorted(names, key=len, reverse=True):  # one folder may be in the other
+        message = re.sub(rf"{re.escape(path)}/(?=\w)", f"{names[path]}'s ", message)
+        message = re.sub(rf"{re.escape(path)}(?![\w.-])", names[path], message)
+    return message[:1].upper() + message[1:] if message.startswith("the ") else message
 
 
 def reach_goal(session: CompressionSession, goal: Goal | None, out: Path) -> Report:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -123,6 +124,27 @@ def test_two_compressions_to_one_file_do_not_share_an_unfinished_one(
     assert [path.name for path in folder.iterdir()] == ["a.delta"]
     with Artifact(out) as artifact:
         assert list(artifact.damaged()) == []
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors"])
+def test_errors_name_files_relative_to_their_checkpoint(
+    pair: Pair, text: Path, tmp_path: Path, name: str
+) -> None:
+    base, finetuned = pair
+    (finetuned / name).write_text("{")
+    with pytest.raises(DeltadockError) as caught:
+        compress(base, finetuned, tmp_path / "a.delta", ADAMIX, calibration=[Source(text)])
+    assert str(tmp_path) not in caught.value.message
+    assert caught.value.message.startswith("The fine-tune"), caught.value.message
+    assert str(caught.value) == caught.value.message
+
+
+def test_a_folder_that_there_is_not_is_named_as_it_was_given(
+    pair: Pair, text: Path, tmp_path: Path
+) -> None:
+    base, absent = pair[0], tmp_path / "absent"
+    with pytest.raises(InvalidCheckpoint, match=re.escape(str(absent))):
+        compress(base, absent, tmp_path / "a.delta", ADAMIX, calibration=[Source(text)])
 
 
 def test_evaluation_equals_plain_transformers(pair: Pair, text: Path, tmp_path: Path) -> None:
