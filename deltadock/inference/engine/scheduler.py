@@ -181,12 +181,15 @@ class Scheduler:
 
     def _awaits_prefix(self, sequence: Sequence) -> bool:
         """Whether a running prefill will soon provide a long enough prefix of this sequence."""
-        if sequence.scores_prompt:
+        others = [
+            other
+            for other in self.running
+            if other.queue_key == sequence.queue_key and not other.generated
+        ]
+        if sequence.scores_prompt or not others:
             return False
-        for other in self.running:
-            if other.queue_key != sequence.queue_key or other.generated:
-                continue
-            _, cached = self.slots.find(sequence.queue_key, sequence.tokens)
+        _, cached = self.slots.find(sequence.queue_key, sequence.tokens)
+        for other in others:
             shared = common_prefix(other.tokens, sequence.tokens, len(sequence.tokens) - 1)
             gain = shared - cached
             if gain >= MIN_SHARED_TOKENS and 2 * gain >= len(other.tokens) - other.computed:

@@ -85,6 +85,28 @@ def test_answers_to_one_prompt_share_its_prefill(tokenizer: Tokenizer) -> None:
     assert scheduler.slots.reused_tokens == 3 * 99
 
 
+def test_a_waiting_prompt_is_looked_up_once_per_pass(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many prompts run: a look-up compares it with every slot."""
+    scheduler = Scheduler(make_cache(16), 8, 16)
+    for _ in range(14):
+        scheduler.add(make_sequence(tokenizer, 50, 0))
+    shared = make_sequence(tokenizer, 40).tokens
+    for _ in range(2):
+        scheduler.add(make_sequence(tokenizer, shared, 0))
+    run_pass(scheduler)
+    assert len(scheduler.running) == 15
+    looked_up = []
+    find = scheduler.slots.find
+    monkeypatch.setattr(
+        scheduler.slots, "find", lambda *args: (looked_up.append(args), find(*args))[1]
+    )
+    run_pass(scheduler)
+    assert len(scheduler.waiting) == 1
+    assert len(looked_up) == 1
+
+
 def test_a_different_prompt_does_not_wait(tokenizer: Tokenizer) -> None:
     scheduler = Scheduler(make_cache(4), 50, 4)
     for prompt in ([7] * 5 + [1] * 90, [7] * 5 + [2] * 90):
