@@ -6,7 +6,6 @@ from collections.abc import Coroutine
 from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import APIRouter, Depends, Header, Path, Request, Response
-from fastapi.sse import EventSourceResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
@@ -27,7 +26,7 @@ from deltadock.errors import (
     UnsupportedModel,
 )
 from deltadock.inference.deltas.store import HeldDelta
-from deltadock.inference.http.replies import ChatReply, CompletionReply, Reply
+from deltadock.inference.http.replies import ChatReply, CompletionReply, Reply, StreamedReply
 from deltadock.inference.node import InferenceNode
 from deltadock.model_target import (
     ARTIFACT_HEADER,
@@ -40,7 +39,7 @@ from deltadock.model_target import (
 from deltadock.names import DIGEST
 from deltadock.openai.chat import ChatCompletion, ChatRequest
 from deltadock.openai.completions import Completion, CompletionRequest
-from deltadock.openai.fields import GENERATION_HEADER, PROMPT_TOKENS_HEADER, Usage
+from deltadock.openai.fields import GENERATION_HEADER, Usage
 from deltadock.openai.models import ModelCard, ModelList
 from deltadock.problems import openai_problems, problems
 from deltadock.trust import check_trusted
@@ -206,8 +205,7 @@ async def chat(
 
 async def _respond(request: Request, reply: Reply[Any]) -> Response | BaseModel:
     if reply.request.stream:
-        prompt_tokens = {PROMPT_TOKENS_HEADER: str(reply.generation.prompt_tokens)}
-        return EventSourceResponse(reply.stream(), headers=prompt_tokens)
+        return StreamedReply(reply)
     return await while_connected(request, reply.complete())
 
 

@@ -9,8 +9,9 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
-from fastapi.sse import format_sse_event
+from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
 
 from deltadock.errors import DeltadockError
 from deltadock.inference.engine.sampling import SampledToken
@@ -37,7 +38,7 @@ from deltadock.openai.completions import (
     CompletionRequest,
 )
 from deltadock.openai.errors import ErrorBody
-from deltadock.openai.fields import SamplingFields, Usage
+from deltadock.openai.fields import PROMPT_TOKENS_HEADER, SamplingFields, Usage
 from deltadock.openai.tools import FunctionCall, ToolCall, ToolCallDelta
 
 RequestBody = TypeVar("RequestBody", bound=SamplingFields)
@@ -98,6 +99,22 @@ class Reply(ABC, Generic[RequestBody]):
         if options is not None and options.include_usage:
             yield _sse(self._usage_chunk(self.generation.usage))
         yield format_sse_event(data_str="[DONE]")
+
+
+class StreamedReply(EventSourceResponse):
+    """Sends a reply as server-sent events; the generation ends with it."""
+
+    def __init__(self, reply: Reply[Any]) -> None:
+        self._generation = reply.generation
+        prompt_tokens = {PROMPT_TOKENS_HEADER: str(reply.generation.prompt_tokens)}
+        super().__init__(reply.stream(), headers=prompt_tokens)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events until the client disconnects, which may be before the first one."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._generation.cancel()
 
 
 def _sse(data: BaseModel) -> bytes:
