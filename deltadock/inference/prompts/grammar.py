@@ -237,6 +237,7 @@ class GrammarProcesses:
             self.close()
         if self._first is None:
             control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            control.setblocking(False)  # a few requests fill it until XGrammar is imported
             with theirs:
                 process = subprocess.Popen(
                     [sys.executable, "-I", PROCESS, str(theirs.fileno())],

@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -268,3 +268,24 @@ def test_an_answer_that_no_token_ends_ends_itself() -> None:
     assert not await_masks([matcher], 60)
     assert matcher.complete
     grammars.processes.close()
+
+
+def test_a_compiler_that_reads_nothing_is_never_waited_for() -> None:
+    """Its socket takes few requests while it imports XGrammar, and the loop serves everybody."""
+    grammars = Grammars()
+    processes = grammars.processes
+    processes._control()
+    assert processes._first is not None
+    processes._first.process.send_signal(signal.SIGSTOP)
+
+    def fill() -> None:
+        with ExitStack() as sockets:
+            for token in range(2000):
+                ends = frozenset({token})
+                sockets.enter_context(processes._forked(grammars.spellings, ends, "{}"))
+
+    try:
+        with pytest.raises(Unavailable, match="compiler failed"):
+            fill()
+    finally:
+        processes.close()
