@@ -8,7 +8,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -239,6 +239,7 @@ def normalise_url(url: str) -> URL:
 def migrate(url: str, revision: str = "head") -> str | None:
     """Upgrade the database at `url` to `revision`, creating a SQLite file's folder if needed.
 
+    A SQLite file can be read by its owner only afterwards, since it holds webhooks' secrets.
     Returns the resulting revision; None if it precedes the first one.
     Safe to call from several processes at once: migrations are serialised.
 
@@ -250,7 +251,7 @@ def migrate(url: str, revision: str = "head") -> str | None:
 
     target = normalise_url(url)
     if target.get_backend_name() == "sqlite" and target.database:
-        Path(target.database).parent.mkdir(parents=True, exist_ok=True)
+        _make_private(Path(target.database))
     engine = make_engine(url)
     try:
         command.upgrade(alembic_config(engine), revision)
@@ -262,6 +263,19 @@ def migrate(url: str, revision: str = "head") -> str | None:
         ) from error
     finally:
         engine.dispose()
+
+
+def _make_private(file: Path) -> None:
+    """Take a SQLite file's rights from all but its owner; SQLite gives new logs those of the file.
+
+    A folder that is made here is private too. One that there is may hold what others need.
+    """
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file.touch(mode=0o600)
+    for name in (file.name, f"{file.name}-wal", f"{file.name}-shm"):
+        path = file.with_name(name)
+        with suppress(FileNotFoundError, PermissionError):  # not open, or another user's
+            path.chmod(path.stat().st_mode & 0o700)
 
 
 def current_revision(engine: Engine) -> str | None:

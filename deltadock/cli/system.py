@@ -275,7 +275,7 @@ def _home_lock(home: Path) -> Iterator[None]:
     Raises:
         Conflict: another process holds the lock.
     """
-    home.mkdir(parents=True, exist_ok=True)
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (home / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

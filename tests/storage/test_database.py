@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import stat
 import threading
 import time
 from contextlib import ExitStack
@@ -187,6 +188,26 @@ def test_migrate_returns_the_revision(tmp_path: Path) -> None:
     revision = migrate(url)
     assert revision
     assert migrate(url) == revision
+
+
+def test_a_sqlite_file_is_its_owners_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "home"
+    file = folder / "deltadock.db"
+    migrate(f"sqlite:///{file}")
+    assert (stat.S_IMODE(folder.stat().st_mode), stat.S_IMODE(file.stat().st_mode)) == (
+        0o700,
+        0o600,
+    )
+    folder.chmod(0o755)  # as an earlier version made them
+    file.chmod(0o644)
+    database = Database(f"sqlite:///{file}")
+    with database.session_scope() as session:  # its log is there while it is open
+        UploadRepository(session, LOCAL_TENANT).add(UploadKind.CHECKPOINT)
+    migrate(f"sqlite:///{file}")
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    database.dispose()
+    assert modes == dict.fromkeys(("deltadock.db", "deltadock.db-wal", "deltadock.db-shm"), 0o600)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
 
 
 def test_an_unreachable_database_is_unavailable() -> None:
