@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
@@ -34,7 +34,14 @@ from deltadock.cli.server import (
     complete_model,
     connect,
 )
-from deltadock.errors import Conflict, InvalidInput, NotFound, NotReady
+from deltadock.errors import (
+    Conflict,
+    InvalidInput,
+    NotFound,
+    NotReady,
+    Unavailable,
+    UnsupportedModel,
+)
 
 COMPARED_COLUMNS = 100
 """Of a comparison that goes to a pipe, in which answers would make long lines."""
@@ -349,6 +356,28 @@ def _print_changed(model: "Model", said: str, *, as_json: bool) -> None:
         say(said)
 
 
+class _Answer(NamedTuple):
+    """What a model answered, or why it did not."""
+
+    text: str
+    error: str | None = None
+
+    def fields(self) -> dict[str, str]:
+        """Those of a JSON document."""
+        return {"answer": self.text} if self.error is None else {"error": self.error}
+
+    def __str__(self) -> str:
+        return self.text if self.error is None else f"({self.error})"
+
+
+def _answer_or_error(client: "Client", delta: "Delta", prompt: str, max_tokens: int) -> _Answer:
+    """One that is not served has figures to compare all the same."""
+    try:
+        return _Answer(answer_greedily(client, delta.id, prompt, max_tokens))
+    except (NotReady, UnsupportedModel, Unavailable) as error:
+        return _Answer("", error.message)
+
+
 def compare(
     names: Annotated[
         list[str],
@@ -369,17 +398,13 @@ def compare(
     with connect(url) as client:
         found = [client.delta(name) for name in names]
         answers = [
-            answer_greedily(client, delta.id, prompt, max_tokens)
+            _answer_or_error(client, delta, prompt, max_tokens)
             for delta in found
             if prompt is not None
         ]
     if as_json:
-        print_json(
-            [
-                as_dict(delta) | ({"answer": answers[number]} if answers else {})
-                for number, delta in enumerate(found)
-            ]
-        )
+        fields = [answer.fields() for answer in answers] or [{}] * len(found)
+        print_json([as_dict(delta) | more for delta, more in zip(found, fields, strict=True)])
         return
     columns = [dict(delta.rows()) for delta in found]
     for column in columns:
@@ -391,7 +416,7 @@ def compare(
         values = [column.get(label, words.MISSING) for column in columns]
         rows.append(("≠" if len(set(values)) > 1 else "", label, *values))
     if answers:
-        rows.append(("≠" if len(set(answers)) > 1 else "", "answer", *answers))
+        rows.append(("≠" if len(set(answers)) > 1 else "", "answer", *map(str, answers)))
     print_table(("", "", *(delta.reference for delta in found)), rows, "", piped=COMPARED_COLUMNS)
     if len({tuple(delta.lineage.calibration) for delta in found if delta.lineage}) > 1:
         say("KL and agreement are of different texts, so they do not say which is better.")

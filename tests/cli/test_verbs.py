@@ -404,6 +404,25 @@ def test_deltas_are_compared(
     assert deltadock("compare", pushed[0]).code == 2
 
 
+def test_a_delta_that_does_not_answer_is_compared_by_its_figures(
+    service: Service, call: Callable[..., Outcome], pushed: list[str], tmp_path: Path
+) -> None:
+    with Client(service.url, service.key) as client:
+        finetune = write_finetune(tmp_path / "waiting", 3)
+        waiting = client.push(finetune, "maths/waiting", "tiny", method="bitdelta")
+    compared = ("compare", pushed[0], "maths/waiting:1", "--prompt", "17 + 25 =")
+    lines = call(*compared).stdout.splitlines()
+    answers = next(line for line in lines if "answer" in line)
+    assert "42" in answers
+    assert "not ready" in answers
+    assert any("sha256" in line for line in lines)
+    ready, queued = answered(call(*compared, "--json"))
+    assert ready["answer"].strip() == "42"
+    assert "not ready" in queued["error"]
+    assert "answer" not in queued
+    call("cancel", waiting.job.id)
+
+
 def test_answers_are_generated_and_streamed(
     service: Service,
     call: Callable[..., Outcome],
