@@ -147,7 +147,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.mount("/static", rendering.static_files)
     app.state.rules = RuleTable(app.routes)
     app.add_middleware(BodyLimit)
-    app.add_middleware(AccessControl, resources=resources, rules=app.state.rules)
+    app.add_middleware(
+        AccessControl, resources=resources, rules=app.state.rules, page=rendering.error_page
+    )
     app.state.metrics = metrics.Metrics(resources)
     app.add_middleware(RequestLog, count=app.state.metrics.count)
     app.add_middleware(RequestIds)

@@ -1,5 +1,6 @@
 """Refuses requests by their headers alone: nothing of a refused body is read."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Final
 from urllib.parse import quote, urlencode
@@ -31,8 +32,17 @@ NO_KEY: Final = (
 class AccessControl:
     """Finds a request's caller, and checks its route's rule and its tenant's rate."""
 
-    def __init__(self, app: ASGIApp, *, resources: Resources, rules: RuleTable) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        resources: Resources,
+        rules: RuleTable,
+        page: Callable[[Request, DeltadockError], Response],
+    ) -> None:
+        """`page` shows browsers why a page is refused."""
         self.app = app
+        self._page = page
         self._resources = resources
         self._rules = rules
 
@@ -46,7 +56,7 @@ class AccessControl:
         try:
             headers = await self._admit(request, rule)
         except DeltadockError as error:
-            await _refusal(request, rule, error)(scope, receive, send)
+            await self._refusal(request, rule, error)(scope, receive, send)
             return
 
         caller: Caller | None = getattr(request.state, "caller", None)
@@ -111,12 +121,13 @@ class AccessControl:
             return await run_in_threadpool(keys.caller_of_session, session.key_id)
         raise Unauthorized(NO_KEY)
 
-
-def _refusal(request: Request, rule: Rule, error: DeltadockError) -> Response:
-    """The error; on pages, browsers without a session are sent to the sign-in."""
-    if not rule.page or not isinstance(error, Unauthorized):
-        return error_response(request.url.path, error)
-    if "HX-Request" in request.headers:
-        return Response(headers={"HX-Redirect": "/sign-in"})
-    target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
-    return RedirectResponse(f"/sign-in?{urlencode({'next': target})}", 303)
+    def _refusal(self, request: Request, rule: Rule, error: DeltadockError) -> Response:
+        """The error, of a page as one; browsers without a session are sent to the sign-in."""
+        if not rule.page:
+            return error_response(request.url.path, error)
+        if not isinstance(error, Unauthorized):
+            return self._page(request, error)
+        if "HX-Request" in request.headers:
+            return Response(headers={"HX-Redirect": "/sign-in"})
+        target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+        return RedirectResponse(f"/sign-in?{urlencode({'next': target})}", 303)

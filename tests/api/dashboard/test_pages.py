@@ -595,7 +595,10 @@ def test_readers_see_no_keys(shared: tuple[Site, seed.Seeded]) -> None:
     reader = TestClient(site.http.app, headers=bearer(key))
     assert 'href="/keys"' not in reader.get("/").text
     for path in ("/keys", "/audit", "/storage"):
-        assert reader.get(path).status_code == 403
+        refused = reader.get(path)
+        assert refused.status_code == 403
+        assert refused.headers["Content-Type"].startswith("text/html")
+        assert "This needs the scope admin; the key has read." in refused.text
         assert f'href="{path}"' in site.text("/")
 
 
