@@ -26,6 +26,11 @@ def plain(value: float | None) -> str:
     return MISSING if value is None else f"{value:g}"
 
 
+def budget(bits: float | None) -> str:
+    """A bit budget, given or found: `1`, `0.75`, `0.6239`."""
+    return MISSING if bits is None else f"{bits:.4g}"
+
+
 def significant(value: float | None, digits: int = 3) -> str:
     """At least `digits` significant digits; no exponent between 0.0001 and a million."""
     if value is None:

@@ -68,8 +68,8 @@ _templates.env.globals |= {
 _templates.env.filters |= {
     name: getattr(words, name)
     for name in (
-        "ago", "counted", "duration", "grouped", "latency", "moment", "percentage", "plain",
-        "progress", "ratio", "significant", "size",
+        "ago", "budget", "counted", "duration", "grouped", "latency", "moment", "percentage",
+        "plain", "progress", "ratio", "significant", "size",
     )
 } | {"markdown": markdown}  # fmt: skip
 

@@ -149,7 +149,7 @@ def _show_report(delta: Delta, report: Report) -> None:
         "checkpoint in bf16": words.size(report.checkpoint_bytes),
         "delta": words.size(report.artifact_bytes),
         "ratio": words.ratio(report.ratio),
-        "bits per compressed weight, budget": words.plain(report.nominal_bits),
+        "bits per compressed weight, budget": words.budget(report.nominal_bits),
         "bits per weight, the whole file": words.significant(report.true_bits),
         "KL to the fine-tune": words.nats(report.kl),
         "top-1 agreement": words.percentage(report.agreement),

@@ -242,7 +242,7 @@ def texts_of(sources: list[dict[str, Any]]) -> str:
 def size_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The method and size of an artifact, in words."""
     size, of = (words.size(figures[name]) for name in ("artifact_bytes", "checkpoint_bytes"))
-    true, nominal = words.significant(figures["true_bits"]), words.plain(figures["nominal_bits"])
+    true, nominal = words.significant(figures["true_bits"]), words.budget(figures["nominal_bits"])
     return [
         ("method", figures["method"]),
         ("size", f"{size} of {of}"),

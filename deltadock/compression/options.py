@@ -248,7 +248,7 @@ class Goal:
             case "bits":
                 return f"{value} bit"
             case "target_bytes":
-                return f"{self.value:.0f} bytes"
+                return f"{self.value:,.0f} bytes"
             case "ratio":
                 return f"ratio {value}"
             case "max_kl":

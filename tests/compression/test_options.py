@@ -88,7 +88,7 @@ def test_goals_as_text() -> None:
     words = [str(check_goal(**{kind: GOOD[kind]})) for kind in GOAL_KINDS]
     assert words == [
         "0.5 bit",
-        "1000000000 bytes",
+        "1,000,000,000 bytes",
         "ratio 13.5",
         "KL at most 0.01",
         "agreement at least 0.98",
