@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
+from io import StringIO
 from typing import Final, Protocol
 
 import anyio
@@ -13,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from deltadock import words
 from deltadock.artifacts.checkpoint import FileEntry, FileInspector, TensorEntry, check_path
+from deltadock.compression.calibration.records import RecordReader
 from deltadock.compression.options import CALIBRATION_SUFFIXES, check_text_bytes
 from deltadock.errors import HashMismatch, InvalidCalibration, InvalidInput, TooLarge, Unavailable
 from deltadock.storage.blobs import BlobStore, PartedFile
@@ -26,6 +28,10 @@ BATCH_CHUNKS: Final = 64
 
 MAX_CALIBRATION_BYTES: Final = 64 << 20
 """Workers read a text into memory; this is many times what calibration uses."""
+
+MAX_LINE: Final = 1 << 20
+"""Characters. A longer line of .jsonl, which may take many times its memory when parsed, is left to
+workers, and so are those after it."""
 
 BODY_SECONDS: Final = 120.0
 """A body of which no piece (up to a MiB) arrives for so long is given up."""
@@ -60,7 +66,7 @@ def make_inspector(kind: UploadKind, path: str, threads: Executor | None = None)
 
 
 class CalibrationInspector:
-    """Hashes a text and checks its encoding (UTF-8) and size."""
+    """Hashes a text and checks its encoding (UTF-8), its size and the lines of a .jsonl."""
 
     def __init__(self, path: str) -> None:
         stem, dot, suffix = path.rpartition(".")
@@ -70,7 +76,10 @@ class CalibrationInspector:
         self._path = path
         self._size = 0
         self._hash = hashlib.sha256()
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._records = RecordReader() if suffix == "jsonl" else None
+        self._line = StringIO()
+        """What has arrived of the last line."""
 
     def update(self, chunk: Chunk) -> None:
         """Check the next bytes."""
@@ -89,15 +98,30 @@ class CalibrationInspector:
         if not self._size:
             raise InvalidCalibration("The calibration text is empty.")
         check_text_bytes(self._path, self._size)
+        if self._records is not None:
+            self._records.read(self._line.getvalue())
+            self._records.finish()
         return FileEntry(self._path, self._size, self._hash.hexdigest()), []
 
     def _decode(self, chunk: Chunk, *, final: bool = False) -> None:
         try:
-            self._decoder.decode(chunk, final)
+            text = self._decoder.decode(chunk, final)
         except UnicodeDecodeError as error:
             raise InvalidCalibration(
                 f"The calibration text is not UTF-8 near byte {self._size + error.start}."
             ) from error
+        if self._records is not None:
+            self._read_lines(self._records, text)
+
+    def _read_lines(self, records: RecordReader, text: str) -> None:
+        for index, part in enumerate(text.split("\n")):
+            if index:
+                records.read(self._line.getvalue())
+                self._line = StringIO()
+            self._line.write(part)
+            if self._line.tell() > MAX_LINE:
+                self._records = None
+                return
 
 
 async def receive_file(

@@ -1,11 +1,9 @@
 """Read files of calibration text, render them through the chat template, and tokenize them."""
 
 import hashlib
-import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,18 +13,13 @@ from torch import Tensor
 
 from deltadock.artifacts.checkpoint import CONFIG, TOKENIZER_FILES, VOCABULARY_FILES
 from deltadock.artifacts.tokenizers import open_tokenizer
+from deltadock.compression.calibration.records import Record, RecordReader, check_documents
 from deltadock.compression.options import CALIBRATION_SUFFIXES, check_text_tokens
 from deltadock.errors import InvalidCalibration, InvalidCheckpoint
 
 MAX_CHARACTERS: Final = 4_000_000
 """Tokenizing takes hundreds of bytes per character; longer texts are subsampled."""
 PIECE_CHARACTERS: Final = 40_000
-
-RECORD_FIELDS: Final = "`text`, `messages`, `prompt` and `completion`, or `prompt`"
-TWO_HELD_OUT: Final = "one to calibrate, one to choose between outcomes, one to report"
-
-Turns = str | list[dict[str, Any]]
-"""Plain text, or messages with `role` and `content`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +98,10 @@ def read_source(path: Path, tokenizer: Any, seed: int) -> Material:
     content = _read(path)
     if path.suffix == ".txt":
         return Text(_enough(encode(tokenizer, excerpt(content, seed))))
-    records = [_Record.of(number, record) for number, record in _lines(content)]
-    if not records:
-        raise InvalidCalibration("The calibration file has no lines.")
-    kind = records[0].kind
-    for record in records:
-        if record.kind != kind:
-            raise InvalidCalibration(
-                f"Line {record.number} of the calibration file has {record.kind}, but the lines "
-                f"before it {kind}. Give each kind a file of its own."
-            )
+    reader = RecordReader()
+    records = [record for line in content.split("\n") if (record := reader.read(line))]
+    reader.finish()
+    kind = reader.kind
     if kind == "text":
         text = "\n".join(dict.fromkeys(str(record.prompt) for record in records))
         return Text(_enough(encode(tokenizer, excerpt(text, seed))))
@@ -123,16 +110,9 @@ def read_source(path: Path, tokenizer: Any, seed: int) -> Material:
     # One that is in the file twice would be held out and trained on.
     distinct = {document.numpy().tobytes(): document for document in documents if document.numel()}
     documents = list(distinct.values())
+    check_documents(kind, len(documents))
     if kind == "prompt":
-        if len(documents) < 3:
-            raise InvalidCalibration(
-                f"At least three different prompts are needed: {TWO_HELD_OUT}."
-            )
         return Prompts(documents)
-    if len(documents) < 3:
-        raise InvalidCalibration(
-            f"At least three different conversations are needed: {TWO_HELD_OUT}."
-        )
     _enough(torch.cat(documents))
     return Conversations(documents)
 
@@ -154,8 +134,8 @@ def excerpt(text: str, seed: int) -> str:
 
 
 def _some(
-    records: Sequence["_Record"], size: Callable[["_Record"], int], seed: int
-) -> list["_Record"]:
+    records: Sequence["Record"], size: Callable[["Record"], int], seed: int
+) -> list["Record"]:
     """A random subset of `records` of the size that calibration can use, in order."""
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))
     chosen: list[int] = []
@@ -180,174 +160,3 @@ def _read(path: Path) -> str:
         raise InvalidCalibration(
             f"The calibration file is not UTF-8 text (byte {error.start}). Convert it first."
         ) from error
-
-
-def _lines(content: str) -> Iterator[tuple[int, object]]:
-    """Each line's number and JSON value; lines end with newlines only."""
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InvalidCalibration(
-                f"Line {number} of the calibration file is not a JSON object."
-            ) from error
-
-
-@dataclass(frozen=True, slots=True)
-class _Record:
-    """One line: the prompt, and the model's completion."""
-
-    number: int
-    kind: str
-    prompt: Turns
-    completion: Turns = ""
-    tools: list[dict[str, Any]] | None = None
-    """The functions that may be called in the conversation."""
-
-    @classmethod
-    def of(cls, number: int, record: object) -> "_Record":
-        """Parse a line.
-
-        Raises:
-            InvalidCalibration: it has none of the fields of `RECORD_FIELDS`, or of other types.
-        """
-        if isinstance(record, dict):
-            tools = record.get("tools") or None
-            if not (tools is None or _are_objects(tools)):
-                raise InvalidCalibration(
-                    f"`tools` in line {number} of the calibration file is not a list of objects."
-                )
-            match record:
-                case {"text": str(text)}:
-                    return cls(number, "text", _utf8(text, number))
-                case {"messages": messages} if _is_turns(messages):
-                    return cls(number, "conversations", _plain(messages, number), tools=tools)
-                case {"prompt": str(prompt), "completion": str(completion)}:
-                    return cls(number, "conversations", prompt, completion)
-                case {"prompt": prompt, "completion": completion} if _is_turns(
-                    prompt
-                ) and _is_turns(completion):
-                    turns = _plain([*prompt, *completion], number)
-                    return cls(number, "conversations", turns, tools=tools)
-                case {"prompt": str(prompt)} if "completion" not in record:
-                    return cls(number, "prompt", prompt)
-                case {"prompt": prompt} if "completion" not in record and _is_turns(prompt):
-                    return cls(number, "prompt", _plain(prompt, number), tools=tools)
-        raise InvalidCalibration(
-            f"Line {number} of the calibration file is not an object with {RECORD_FIELDS}."
-        )
-
-    @property
-    def characters(self) -> int:
-        """Approximate length of the rendered line."""
-        return sum(
-            len(part) if isinstance(part, str) else sum(len(str(turn)) for turn in part)
-            for part in (self.prompt, self.completion, self.tools or ())
-        )
-
-    def render(self, tokenizer: Any) -> str:
-        """Render the line as text, messages through the chat template.
-
-        Raises:
-            InvalidCalibration: there is no template, or it refuses the messages.
-        """
-        if isinstance(self.prompt, str):
-            end = "" if self.kind == "prompt" else tokenizer.eos_token or ""
-            return _utf8(f"{self.prompt}{self.completion}{end}", self.number)
-        if not tokenizer.chat_template:
-            raise InvalidCalibration(
-                f"Line {self.number} of the calibration file holds messages, but the fine-tune's "
-                "tokenizer has no chat template. Write them out as `prompt` and `completion`."
-            )
-        turns = self.prompt
-        try:
-            if "developer" not in tokenizer.get_chat_template(tools=self.tools):
-                # OpenAI's newer name for the system role, as on nodes.
-                turns = [
-                    turn | {"role": turn["role"].replace("developer", "system")} for turn in turns
-                ]
-            text = tokenizer.apply_chat_template(
-                turns,
-                tools=self.tools,
-                tokenize=False,
-                add_generation_prompt=self.kind == "prompt",
-            )
-        except Exception as error:
-            # A template is code of the fine-tune, run in transformers' sandbox.
-            raise InvalidCalibration(
-                f"The fine-tune's chat template refuses line {self.number} of the calibration "
-                f"file: {error}"
-            ) from error
-        return _utf8(str(text), self.number)
-
-
-def _are_objects(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
-
-
-def _is_turns(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in value)
-    )
-
-
-def _plain(turns: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
-    """Messages as nodes give them to chat templates (`openai.chat.Message.plain`).
-
-    Other roles and fields than a node's are left as they are: the template may know them.
-
-    Raises:
-        InvalidCalibration: a content is no text, or missing in a turn that is not the model's.
-    """
-    plain = []
-    for turn in turns:
-        fields = {name: value for name, value in turn.items() if value is not None}
-        content = fields.get("content", "" if turn["role"] == "assistant" else None)
-        if isinstance(content, list) and all(map(_is_text_part, content)):
-            content = "\n".join(part["text"] for part in content)
-        if not isinstance(content, str):
-            raise InvalidCalibration(
-                f"Line {number} of the calibration file has a message of the role {turn['role']!r} "
-                "whose `content` is neither a string nor a list of parts of type text."
-            )
-        calls = fields.pop("tool_calls", [])
-        if not _are_objects(calls):
-            raise InvalidCalibration(
-                f"Line {number} of the calibration file has `tool_calls` that are not a list of "
-                "objects."
-            )
-        more = {"tool_calls": [_plain_call(call) for call in calls]} if calls else {}
-        plain.append({**fields, "content": content, **more})
-    return plain
-
-
-def _is_text_part(part: object) -> bool:
-    return (
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-    )
-
-
-def _plain_call(call: dict[str, Any]) -> dict[str, Any]:
-    """A call with parsed arguments, which OpenAI writes as a string of JSON."""
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    arguments: Any = function["arguments"]
-    with suppress(ValueError):  # a template gets what the file has
-        arguments = json.loads(arguments or "{}")
-    return call | {"function": function | {"arguments": arguments}}
-
-
-def _utf8(text: str, number: int) -> str:
-    """Return `text` if it is valid UTF-8: JSON may contain half a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidCalibration(
-            f"Line {number} of the calibration file holds half a surrogate pair, which is no text."
-        ) from error
-    return text

@@ -239,8 +239,10 @@ def test_calibration_from_several_sources(api: Api) -> None:
 def test_the_same_bytes_under_another_suffix_are_another_text(api: Api) -> None:
     body = api.delta_body()
     deltas = []
+    lines = b'{"text": "A fox."}\n' * 500
     for path in ("text.txt", "text.jsonl", "text.txt"):
-        api.upload("calibration", {path: TEXT})
+        digest = api.upload("calibration", {path: lines})["calibration"]["digest"]
+        body["calibration"] = {"source": "text", "digest": digest}
         deltas.append(api.client.post("/v1/deltas", json=body).json()["delta"])
     plain, lines, again = deltas
     assert lines["id"] != plain["id"] == again["id"]
