@@ -83,8 +83,9 @@ def request_delta(
     """Create a delta; returns it and whether a compression was started.
 
     A repeated request returns the existing delta, ready or unfinished; if its job failed or was
-    cancelled, the job continues with the new priority. If the tenant has a ready delta of another
-    name with the same inputs, its artifact is shared: equal inputs give equal bytes.
+    cancelled, the job continues with the new priority. A delta without a commit gets that of the
+    repetition. If the tenant has a ready delta of another name with the same inputs, its artifact
+    is shared: equal inputs give equal bytes.
 
     Raises:
         NotFound: no such base, checkpoint or calibration text.
@@ -119,10 +120,12 @@ def request_delta(
     same = deltas.find_same(fingerprint)
     for delta in same:
         if delta.name == body.name:
+            delta.code_commit = delta.code_commit or body.commit
             return delta, False
     ready = next((twin for twin in same if _keeps_artifact(session, resources, twin)), None)
     if ready is None and (ended := deltas.find_ended(fingerprint, body.name)):
         check_job(session, tenant_id, more=1)
+        ended.code_commit = ended.code_commit or body.commit
         ended.job.priority = body.priority
         JobRepository(session, tenant_id).retry(ended.job.id)
         unit.after_commit.append(partial(resources.tasks.send_compress, ended.job.id))

@@ -139,6 +139,9 @@ def push(
             )
         hint.text = f"The job goes on. Follow it: deltadock logs -f {pushed.job.id}"
         say(f"{pushed.delta.reference} is {pushed.job.state}: job {pushed.job.id}")
+        before = pushed.delta.lineage.commit if pushed.delta.lineage else None
+        if commit not in (None, before):
+            say(f"Note: it was pushed before, of the commit {before}, which stays.")
         if wait:
             follow(client, pushed.job.id)
         delta = client.delta(pushed.delta.id)

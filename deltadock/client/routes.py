@@ -225,7 +225,7 @@ def create_delta(
             sampled from the fine-tune, if the method needs calibration.
         parent: the delta whose fine-tune this one continues.
         recipe: how it was trained.
-        commit: of the training code.
+        commit: of the training code; the first that is given stays.
         goal: see `GoalOptions`.
 
     Raises:

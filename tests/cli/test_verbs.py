@@ -115,9 +115,14 @@ def test_a_push_is_followed_to_its_figures(
     assert "0.0100 nats per token" in outcome.stdout
     assert "\ntop-1 agreement      98.0 %\n" in outcome.stdout
     assert "It has no tokenizer." in outcome.stdout
-    again = answered(call("push", folder, *options, "--json", "--no-wait"))
+    outcome = call("push", folder, *options, "--json", "--no-wait", "--commit", "abc")
+    assert "Note" not in outcome.stderr
+    again = answered(outcome)
     assert again["delta"]["state"] == "ready"
     assert again["delta"]["version"] == 1
+    assert again["delta"]["lineage"]["commit"] == "abc"
+    outcome = call("push", folder, *options, "--commit", "def")
+    assert "Note: it was pushed before, of the commit abc, which stays." in outcome.stderr
 
 
 def test_a_size_out_of_reach_is_refused_before_the_upload(
@@ -166,6 +171,10 @@ def test_what_the_files_tell_is_refused_before_the_upload(
     text.write_text("short")
     outcome = deltadock("push", folder, "-b", "tiny", "--calibration", text)
     assert "The calibration text text.txt has 5 bytes; at least 256 tokens" in outcome.stderr
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"foo": 1}')
+    outcome = deltadock("push", folder, "-b", "tiny", "--calibration", lines)
+    assert "Line 1 of the calibration file is not an object with `text`" in outcome.stderr
     assert service.api.blobs() == blobs
 
 

@@ -114,6 +114,21 @@ def test_a_repeated_request_returns_the_same_delta(api: Api, broker_url: str) ->
     assert len(queued_jobs(broker_url)) == 1
 
 
+def test_the_first_commit_that_is_given_stays(api: Api) -> None:
+    body = api.delta_body()
+
+    def commit_of(**change: str) -> str | None:
+        answer = api.client.post("/v1/deltas", json=body | change).json()["delta"]
+        assert answer["version"] == 1
+        commit: str | None = answer["lineage"]["commit"]
+        assert api.client.get(f"/v1/deltas/{answer['id']}").json()["lineage"]["commit"] == commit
+        return commit
+
+    assert commit_of() is None
+    assert commit_of(commit="abc") == "abc"
+    assert commit_of() == commit_of(commit="def") == "abc"
+
+
 def test_concurrent_equal_requests_create_one_delta(api: Api, broker_url: str) -> None:
     body = api.delta_body()
     with ThreadPoolExecutor(6) as pool:
