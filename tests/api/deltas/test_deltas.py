@@ -15,7 +15,7 @@ from deltadock.storage.repositories import DeltaRepository, JobRepository
 from deltadock.storage.repositories.jobs import JobProgress
 from deltadock.storage.tables import JobState
 from deltadock.storage.tenancy import LOCAL_TENANT
-from tests.api.support import CONFIG, TEXT, Api, sha256, weights
+from tests.api.support import CONFIG, Api, sha256, weights
 
 
 def queued_jobs(broker_url: str) -> list[str]:

@@ -72,7 +72,7 @@ def test_lines_are_checked_as_they_arrive(size: int, kind: str) -> None:
 
 def test_an_invalid_line_is_named() -> None:
     inspector = receive.CalibrationInspector("text.jsonl")
-    with pytest.raises(InvalidCalibration, match="^Line 3 of the calibration file"):
+    with pytest.raises(InvalidCalibration, match=r"^Line 3 of the calibration file"):
         inspector.update(b'{"text": "a"}\n\n{"foo": 1}\n')
 
 
