@@ -1,8 +1,8 @@
 """Calibration statistics: second moments of every matrix's inputs and output gradients.
 
 The fine-tuned model runs forward over the calibration text block by block. If gradients are needed,
-it then runs backward over a part of the text, from the log likelihood of tokens sampled from its
-own predictions: the gradients' second moment is the Fisher information of a layer's outputs.
+it then runs backward over a part of the text, from the weighted log likelihood of labels sampled by
+its own predictions: the gradients' second moment is the Fisher information of a layer's outputs.
 All moments are means per token of the text, so that they are comparable between layers.
 """
 
@@ -320,7 +320,8 @@ class _BackwardPass:
             p = logits.detach().softmax(-1)
             sums = (p * (1 - p)).sum(0).double()
             variance = variance.to(sums) + sums
-            return F.cross_entropy(logits, draw(p, generator), reduction="sum")
+            labels, weights = draw(p, generator)
+            return weights @ F.cross_entropy(logits, labels, reduction="none")
 
         _, gradient = self._model.backward_head(states, self._source, loss)
         return variance.cpu() / self._tokens.numel(), gradient
@@ -382,11 +383,19 @@ def _second_moment(states: Tensor) -> Tensor:
     return total.cpu()
 
 
-def draw(p: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw one label (n,) from each row of probabilities (n, vocabulary), by inverting their sums.
+def draw(p: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw one label (n,) for each row of probabilities (n, vocabulary), and its weight (n,).
 
-    A fraction of what `torch.multinomial` takes on a CPU.
+    The weighted gradients `sqrt(p / q) (p - e)` at the logits, where e is the label's unit vector
+    and q the probability that it is drawn with, have the Fisher information as their second moment
+    for any q. With q in proportion to `p |p - e|^2` they all have the same length: a confident
+    prediction counts a little at every draw, instead of a lot at a rare one.
     """
-    sums = p.cumsum(1)
+    rounding = torch.finfo(p.dtype).eps ** 2
+    squares = (1 - 2 * p + p.square().sum(1, keepdim=True)).clamp_min(rounding)
+    shares = p * squares
+    # Inverting the sums takes a fraction of what `torch.multinomial` does on a CPU.
+    sums = shares.cumsum(1)
     levels = torch.rand(len(p), 1, generator=generator, device=p.device) * sums[:, -1:]
-    return torch.searchsorted(sums, levels, right=True).squeeze(1).clamp_max(p.shape[1] - 1)
+    labels = torch.searchsorted(sums, levels, right=True).clamp_max(p.shape[1] - 1)
+    return labels.squeeze(1), (sums[:, -1:] / squares.gather(1, labels)).sqrt().squeeze(1)

@@ -27,6 +27,10 @@ SEEN = TRAIN[[0, 2, 4]]
 """What gradients are taken on: three sequences from all over the text."""
 
 
+Drawn = tuple[Tensor, Tensor]
+"""Labels and weights."""
+
+
 class Collected(NamedTuple):
     """Moments, with the model and data that they come from."""
 
@@ -34,7 +38,7 @@ class Collected(NamedTuple):
     model: BlockwiseModel
     pair: CheckpointPair
     whole: Any
-    labels: Tensor
+    drawn: Drawn
 
 
 @pytest.fixture
@@ -60,7 +64,7 @@ def collected(
     monkeypatch.setattr(statistics, "GRADIENT_TOKENS", SEEN.numel() + 5)
     drawn, draw = [], statistics.draw
 
-    def kept(*args: Any, **kwargs: Any) -> Tensor:
+    def kept(*args: Any, **kwargs: Any) -> Drawn:
         drawn.append(draw(*args, **kwargs))
         return drawn[-1]
 
@@ -83,7 +87,8 @@ def collected(
         *(f"{part}, inputs" for part in [*blocks, "output head"]),
         *(f"{part}, gradients" for part in ["output head", *reversed(blocks)]),
     ]
-    return Collected(found, model, pair, whole, torch.cat(drawn))
+    labels, weights = map(torch.cat, zip(*drawn, strict=True))
+    return Collected(found, model, pair, whole, (labels, weights))
 
 
 def second_moment(rows: Tensor) -> Tensor:
@@ -91,7 +96,12 @@ def second_moment(rows: Tensor) -> Tensor:
     return flat.T @ flat / len(flat)
 
 
-def run_whole(whole: Any, tokens: Tensor, labels: Tensor | None) -> tuple[dict[str, Tensor], ...]:
+def weighted_loss(logits: Tensor, drawn: Drawn, piece: slice = slice(None)) -> Tensor:
+    labels, weights = (one[piece] for one in drawn)
+    return (weights * F.cross_entropy(logits, labels, reduction="none")).sum()
+
+
+def run_whole(whole: Any, tokens: Tensor, drawn: Drawn | None) -> tuple[dict[str, Tensor], ...]:
     """Each module's inputs, with labels the gradients at its outputs, and the logits."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
@@ -99,7 +109,7 @@ def run_whole(whole: Any, tokens: Tensor, labels: Tensor | None) -> tuple[dict[s
     def hook(name: str) -> Any:
         def keep(_module: Any, args: tuple[Any, ...], result: Any) -> None:
             inputs[name], outputs[name] = args[0], result
-            if labels is not None:
+            if drawn is not None:
                 result.retain_grad()
 
         return keep
@@ -111,8 +121,8 @@ def run_whole(whole: Any, tokens: Tensor, labels: Tensor | None) -> tuple[dict[s
     ]
     logits = whole(tokens).logits.float().flatten(0, 1)
     gradients = {}
-    if labels is not None:
-        torch.autograd.backward([F.cross_entropy(logits, labels, reduction="sum")])
+    if drawn is not None:
+        torch.autograd.backward([weighted_loss(logits, drawn)])
         gradients = {name: out.grad for name, out in outputs.items() if out.grad is not None}
     for handle in handles:
         handle.remove()
@@ -128,10 +138,10 @@ def close(found: Tensor, expected: Tensor) -> None:
 def test_moments_equal_plain_transformers(
     family: str, tmp_path: Path, scratch: Scratch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, model, pair, whole, labels = collected(family, tmp_path, scratch, monkeypatch)
+    found, model, pair, whole, drawn = collected(family, tmp_path, scratch, monkeypatch)
     inputs, _, _ = run_whole(whole, TRAIN, None)
     held, _, held_scores = run_whole(whole, HELD, None)
-    _, gradients, scores = run_whole(whole, SEEN, labels)
+    _, gradients, scores = run_whole(whole, SEEN, drawn)
     linear = [matrix for matrix in found.matrices if matrix.role == "linear"]
     assert [matrix.ref for matrix in linear] == [
         ref for name in model.blocks for ref in model.matrices[name]
@@ -190,10 +200,10 @@ def test_a_state_of_zeros_does_not_decide_the_moments(
     # Without biases, an initial token whose row is zero has states of zeros in every block.
     train = TRAIN.clone()
     train[:, 0] = 3
-    found, _, _, whole, labels = collected(
+    found, _, _, whole, drawn = collected(
         "llama", tmp_path, scratch, monkeypatch, train=train, zero_row=3
     )
-    _, gradients, _ = run_whole(whole, train[[0, 2, 4]], labels)
+    _, gradients, _ = run_whole(whole, train[[0, 2, 4]], drawn)
     for matrix in found.matrices:
         path = matrix.ref.name.removesuffix(".weight")
         if path.endswith(("o_proj", "down_proj")):
@@ -222,25 +232,23 @@ def test_only_the_gradients_at_short_states_are_bounded() -> None:
     assert (zeros == 0).all()
 
 
-def test_labels_are_sampled_from_the_models_own_predictions(
+def test_labels_are_drawn_by_the_models_own_predictions(
     tmp_path: Path, scratch: Scratch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, _, _, whole, labels = collected("qwen2", tmp_path, scratch, monkeypatch)
-    scores = run_whole(whole, SEEN, None)[2]["logits"].log_softmax(-1).double()
-    surprise = -scores.gather(1, labels[:, None]).squeeze(1)
-    entropy = -(scores.exp() * scores).sum(-1)
-    spread = (scores.exp() * scores.square()).sum(-1) - entropy.square()
+    _, _, _, whole, (labels, weights) = collected("qwen2", tmp_path, scratch, monkeypatch)
+    p = run_whole(whole, SEEN, None)[2]["logits"].softmax(-1)
     assert len(labels) == SEEN.numel()
-    difference = float((surprise - entropy).sum())
-    assert abs(difference) < 4 * float(spread.sum()) ** 0.5
-    assert not torch.equal(labels, scores.argmax(-1))
+    lengths = (p - F.one_hot(labels, p.shape[1])).norm(dim=1)
+    # Of any label, as its weight makes up for its length.
+    torch.testing.assert_close(weights * lengths, (1 - p.square().sum(1)).sqrt())
+    assert not torch.equal(labels, p.argmax(-1))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
 def test_experts_moments_are_weighted_by_routed_tokens(
     family: str, tmp_path: Path, scratch: Scratch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, model, pair, _, labels = collected(family, tmp_path, scratch, monkeypatch)
+    found, model, pair, _, drawn = collected(family, tmp_path, scratch, monkeypatch)
     tokens, source = SEEN, pair.finetuned
     inputs: dict[str, list[Tensor]] = defaultdict(list)
     gradients: dict[str, list[Tensor]] = defaultdict(list)
@@ -252,7 +260,7 @@ def test_experts_moments_are_weighted_by_routed_tokens(
     _, gradient = model.backward_head(
         states[-1],
         source,
-        lambda logits, piece: F.cross_entropy(logits, labels[piece], reduction="sum"),
+        lambda logits, piece: weighted_loss(logits, drawn, piece),
     )
     for index in reversed(range(len(model.blocks))):
         gradient = model.backward_block(
@@ -315,8 +323,38 @@ def test_gram_equals_the_whole_product(size: int) -> None:
     torch.testing.assert_close(found, rows.t() @ rows)
 
 
+def drawn_gradients(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Labels (count,), and the weighted gradients (count, vocabulary) at equal logits."""
+    p = logits.softmax(-1).repeat(count, 1)
+    labels, weights = statistics.draw(p, torch.Generator().manual_seed(0))
+    return labels, weights[:, None] * (p - F.one_hot(labels, p.shape[1]))
+
+
+@pytest.mark.parametrize(
+    "logits", [[0.0, 0.0], [0.0, 1.0, -1.0, 2.0], [9.0, 0.0, 1.0], [0.0, -12.0, -9.0]]
+)
+def test_weighted_gradients_have_the_fisher_information_as_second_moment(
+    logits: list[float],
+) -> None:
+    _, gradients = drawn_gradients(torch.tensor(logits), 20_000)
+    p = torch.tensor(logits).double().softmax(-1)
+    fisher = p.diag() - p.outer(p)
+    error = (second_moment(gradients) - fisher).norm() / fisher.norm()
+    assert error < 0.02
+    # What is rare is no longer than the rest; float32 rounds the lengths of likely labels.
+    lengths = gradients.norm(dim=1).double()
+    torch.testing.assert_close(lengths, fisher.trace().sqrt().expand(20_000), rtol=0.05, atol=0)
+
+
 def test_draw_never_takes_what_has_no_probability() -> None:
-    p = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).repeat(4000, 1)
-    found = statistics.draw(p, torch.Generator().manual_seed(0)).bincount(minlength=5)
+    labels, _ = drawn_gradients(torch.tensor([0.0, 2.0, 0.0, 3.0, 0.0]).log(), 4000)
+    found = labels.bincount(minlength=5)
     assert found[[0, 2, 4]].sum() == 0
-    assert abs(int(found[1]) - 1000) < 4 * (4000 * 0.25 * 0.75) ** 0.5
+    # Of two labels, each is drawn as often as the other is likely.
+    assert abs(int(found[1]) - 2400) < 4 * (4000 * 0.6 * 0.4) ** 0.5
+
+
+def test_a_certain_prediction_has_no_gradient() -> None:
+    for logits in ([200.0, 0.0, 0.0], [0.0, 0.0, 200.0]):
+        _, gradients = drawn_gradients(torch.tensor(logits), 8)
+        assert (gradients == 0).all()
