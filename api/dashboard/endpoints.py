@@ -132,7 +132,9 @@ def show_delta(
         "environment": snippets.environment(url, key_file),
         "examples": snippets.loading(page.entry.reference)
         if page.not_served
-        else snippets.examples(page.entry.reference, chats=page.tried[-1].chats or False),
+        else snippets.examples(
+            page.entry.reference, page.tried[-1].checkpoints, chats=page.tried[-1].chats or False
+        ),
     }
     return render(request, "delta.html", context)
 

@@ -22,7 +22,7 @@ from deltadock import words
 from deltadock.api.access import Caller
 from deltadock.api.dashboard import charts
 from deltadock.api.dashboard.markdown import markdown
-from deltadock.api.dashboard.snippets import PROMPTS
+from deltadock.api.dashboard.snippets import prompts
 from deltadock.artifacts.checkpoint import KNOWN_SUFFIXES
 from deltadock.errors import DeltadockError, InvalidInput
 from deltadock.problems import log_failure
@@ -61,7 +61,7 @@ _templates.env.lstrip_blocks = True
 _templates.env.globals |= {
     "asset": asset,
     "charts": charts,
-    "prompts": PROMPTS,
+    "prompts": prompts,
     "suffixes": sorted(KNOWN_SUFFIXES),
     "version": __version__,
 }

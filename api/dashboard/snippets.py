@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -10,12 +10,24 @@ from typing import Final
 CHAT: Final = "chat"
 PLAIN: Final = "plain"
 PROMPTS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
-    {
-        CHAT: ("sort h b d a", "Explain in one sentence what a LoRA adapter is."),
-        PLAIN: ("Q: sort h b d a =\nA:", "Once upon a time"),
-    }
+    {CHAT: ("Explain in one sentence what a LoRA adapter is.",), PLAIN: ("Once upon a time",)}
 )
-"""By the kind of request; the sample's fine-tune answers the first of each."""
+"""By the kind of request."""
+SAMPLE_BASE: Final = "670b60609ce9e72370aeb1da55cba53052faafd9591ed8034184296617dab227"
+"""The checkpoint's digest of samples/base."""
+SAMPLE_PROMPTS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
+    {CHAT: ("sort h b d a",), PLAIN: ("Q: sort h b d a =\nA:",)}
+)
+"""What the sample's fine-tune has learned to answer."""
+
+
+def prompts(checkpoints: Iterable[Collection[str]]) -> Mapping[str, Sequence[str]]:
+    """Examples by the kind of request, for models with checkpoints of these digests."""
+    is_sample = any(SAMPLE_BASE in digests for digests in checkpoints)
+    return {
+        kind: (*(SAMPLE_PROMPTS[kind] if is_sample else ()), *general)
+        for kind, general in PROMPTS.items()
+    }
 
 
 def environment(url: str, key_file: Path | None) -> str:
@@ -48,9 +60,9 @@ deltadock.load_delta(model, "{reference}")""",
     }
 
 
-def examples(reference: str, *, chats: bool) -> Mapping[str, str]:
+def examples(reference: str, checkpoints: Collection[str], *, chats: bool) -> Mapping[str, str]:
     """Code and commands by the name of what runs them; they need `environment`."""
-    prompt = PROMPTS[CHAT if chats else PLAIN][0]
+    prompt = prompts([checkpoints])[CHAT if chats else PLAIN][0]
     name, given, route, answer = "prompt", json.dumps(prompt), "completions", "text"
     if chats:
         name, given = "messages", f'[{{"role": "user", "content": {given}}}]'

@@ -25,6 +25,7 @@ from playwright.sync_api import (
 from starlette.responses import JSONResponse, Response
 
 from deltadock import words
+from deltadock.api.dashboard.snippets import CHAT, PROMPTS
 from deltadock.storage.repositories import DeltaRepository, JobRepository, NodeRepository
 from deltadock.storage.tables import JobState
 from deltadock.storage.tenancy import LOCAL_TENANT
@@ -36,6 +37,7 @@ from tests.system.conftest import SAMPLES, Stored
 from tests.system.dashboard import PHONE, WIDE, Site, running_site, signed_in
 
 expect.set_options(timeout=20_000)  # a busy machine
+GENERAL_PROMPT: Final = PROMPTS[CHAT][0]
 AXE: Final = {"runOnly": ["wcag2a", "wcag2aa", "wcag21aa", "wcag22aa"]}
 SCROLLED_TABLES: Final = """[...document.querySelectorAll(".scroll")]
   .filter((region) => region.scrollWidth > region.clientWidth && region.querySelector("table"))
@@ -279,15 +281,15 @@ def test_base_and_delta_generate_side_by_side(site: Site, page: Page) -> None:
     page.get_by_label("Chat").check()
     assert [note.is_visible() for note in notes.all()] == [True, False]
     expect(page.get_by_role("button", name="Once upon a time")).to_be_hidden()
-    page.get_by_role("button", name="sort h b d a", exact=True).click()
+    page.get_by_role("button", name=GENERAL_PROMPT, exact=True).click()
     for _ in range(2):
         page.get_by_role("button", name="Generate").click()
         expect(page.get_by_role("button", name="Generate")).to_be_enabled()
     chats = [r["body"]["messages"] for r in asked if r["path"] == "/v1/chat/completions"]
     assert list(map(len, chats)) == [1, 3]  # the base, which has no template, continues the text
-    assert chats[0][0]["content"] == "sort h b d a"
+    assert chats[0][0]["content"] == GENERAL_PROMPT
     prompts = [r["body"]["prompt"] for r in asked if r["path"] == "/v1/completions"]
-    assert prompts[2:] == ["sort h b d a"] * 2
+    assert prompts[2:] == [GENERAL_PROMPT] * 2
     page.get_by_role("link", name="Side by side with others").click()
     expect(page.locator(".answer")).to_have_count(2)
 

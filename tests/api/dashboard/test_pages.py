@@ -12,9 +12,11 @@ import pytest
 from starlette.testclient import TestClient
 
 from deltadock.api.dashboard.operations import timelines
+from deltadock.api.dashboard.snippets import CHAT, PROMPTS, SAMPLE_BASE, examples, prompts
 from deltadock.api.dependencies import Resources
 from deltadock.api.fleet import TIERS
 from deltadock.api.main import create_app
+from deltadock.artifacts.folder import scan_folder
 from deltadock.settings import Settings
 from deltadock.storage.api_keys import local_key_path
 from deltadock.storage.repositories import (
@@ -29,6 +31,7 @@ from deltadock.storage.tenancy import LOCAL_TENANT
 from tests import seed
 from tests.api.support import bearer, issue_key
 
+SAMPLES = Path(__file__).parents[3] / "samples"
 PAGES = (
     "/", "/deltas/{delta}", "/deltas/nothing", "/parts/totals", "/parts/deltas/{delta}/row",
     "/models/maths/skills", "/new", "/try", "/compare", "/jobs", "/bases", "/bases/pilot-0.3b",
@@ -364,6 +367,18 @@ def test_examples_find_the_servers_own_key_and_chat_where_the_model_can(
     page = unescape(site.text(f"/deltas/{delta.id}"))
     assert "$DELTADOCK_API_URL/v1/completions" in page
     assert 'value="plain" checked' in page
+
+
+def test_only_models_on_the_samples_base_have_its_prompts(
+    shared: tuple[Site, seed.Seeded],
+) -> None:
+    site, seeded = shared
+    assert scan_folder(SAMPLES / "base").digest == SAMPLE_BASE
+    assert "sort h b d a" not in site.text(f"/deltas/{seeded.ready[0]}")
+    assert prompts([("other",)]) == PROMPTS
+    assert prompts([("other",), ("tuned", SAMPLE_BASE)])[CHAT] == ("sort h b d a", *PROMPTS[CHAT])
+    shown = examples("a/b", ("tuned", SAMPLE_BASE), chats=True)
+    assert shown["CLI"].startswith("deltadock run a/b 'sort h b d a'")
 
 
 def test_names_are_escaped(site: Site) -> None:
