@@ -15,7 +15,7 @@ import typer
 from deltadock.cli.outcome import FAILED
 from deltadock.cli.output import AsJson, output, print_json, say
 from deltadock.cli.server import Url, connect
-from deltadock.errors import DeltadockError, InvalidInput
+from deltadock.errors import DeltadockError, Forbidden, InvalidInput
 from deltadock.version import DOCS, __version__
 from deltadock.words import counted, size
 
@@ -132,6 +132,9 @@ def _server(url: str | None) -> Iterator[Finding]:
             next(client.bases(), None)
             yield Finding("key", "ok", f"accepted, from {found.key_from}")
             yield from _work(client, checks.get("node") == "ok")
+    except Forbidden:  # it may be a key to ask models with, which is all that its owner needs
+        text = f"accepted, from {found.key_from}; without the scope read, nothing more is looked at"
+        yield Finding("key", "ok", text)
     except DeltadockError as error:
         yield Finding("key", "problem", " ".join(error.message.split()))
 
