@@ -2,15 +2,18 @@
 
 import base64
 import secrets
+from contextlib import suppress
 from datetime import datetime
+from ipaddress import ip_address
 from typing import Annotated, Final, Self
 
 from fastapi import Path, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, Strict, TypeAdapter
 from sqlalchemy.orm import Session
 
+from deltadock.addresses import is_public
 from deltadock.api.access import CallerDep
-from deltadock.api.dependencies import ReadSession, WriteUnit
+from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
 from deltadock.api.idempotency import OnceDep
 from deltadock.api.paging import After, Cursor, Limit
 from deltadock.api.routing import api_router
@@ -28,12 +31,11 @@ EXAMPLE_URL: Final = "https://hooks.example.com/deltadock"
 SECRET_BYTES: Final = 32
 
 _LABEL: Final = r"(?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-_OCTET: Final = r"(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 URL_PATTERN: Final = (
-    rf"^https?://(?:(?:[A-Za-z0-9]{_LABEL}\.)*[A-Za-z]{_LABEL}|(?:{_OCTET}\.){{3}}{_OCTET})"
+    rf"^https?://(?:[A-Za-z0-9]{_LABEL}\.)*[A-Za-z]{_LABEL}"
     r"(?::[1-9][0-9]{0,3})?(?:[/?#][!-~]*)?$"
 )
-"""Of usual URLs; hosts are written as IPv6 addresses and in Unicode too."""
+"""Of usual URLs; hosts are written as public addresses and in Unicode too."""
 
 _CURSOR: Final = Cursor("messages", datetime, str)
 
@@ -136,11 +138,29 @@ def _require(session: Session, tenant_id: str, webhook_id: str) -> WebhookRow:
     return webhook
 
 
+def _check_address(url: str, *, private: bool) -> None:
+    """Refuse what no worker would connect to; those look names up, whose addresses may change."""
+    host = (HttpUrl(url).host or "").strip("[]")
+    with suppress(ValueError):  # a name
+        address = ip_address(host)
+        if not private and not is_public(address):
+            raise InvalidInput(
+                f"{address} is not a public address. An operator may allow it by "
+                "DELTADOCK_WEBHOOK_PRIVATE_ADDRESSES=true."
+            )
+
+
 @router.post("", status_code=201, responses=problems(InvalidInput, Conflict, IdempotencyKeyReused))
 def create_webhook(
-    body: WebhookIn, caller: CallerDep, unit: WriteUnit, once: OnceDep, response: Response
+    body: WebhookIn,
+    caller: CallerDep,
+    unit: WriteUnit,
+    once: OnceDep,
+    resources: ResourcesDep,
+    response: Response,
 ) -> NewWebhook:
     """Tell a URL about events; the answer has the secret that verifies the messages, once."""
+    _check_address(body.url, private=resources.settings.webhook_private_addresses)
 
     def create() -> NewWebhook:
         secret = f"whsec_{base64.b64encode(secrets.token_bytes(SECRET_BYTES)).decode()}"

@@ -18,6 +18,7 @@ import structlog
 from anyio import to_thread
 from standardwebhooks import Webhook
 
+from deltadock.addresses import Address, is_public
 from deltadock.storage.repositories import WebhookRepository
 from deltadock.storage.tables import DeliveryRow
 from deltadock.storage.tenancy import EVERY_TENANT
@@ -34,14 +35,6 @@ MAX_OF_TENANT: Final = 2
 """Of these, those of one tenant."""
 POLL_SECONDS: Final = 2.0
 """Interval at which the outbox is looked at."""
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
-"""IPv6 addresses that stand for IPv4 ones; so do `ipv4_mapped`, 6to4 and Teredo."""
-SPECIAL: Final = tuple(
-    map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20", "fec0::/10"))
-)
-"""Special-purpose networks of which `is_global` takes all or a part for public ones."""
 
 log = structlog.get_logger(__name__)
 
@@ -198,15 +191,3 @@ def _address_of(url: httpx.URL, *, private: bool) -> Address:
                 "operator may allow it by DELTADOCK_WEBHOOK_PRIVATE_ADDRESSES=true."
             )
     return addresses[0]
-
-
-def is_public(address: Address) -> bool:
-    """Whether the address belongs to the internet, also where it stands for an IPv4 address."""
-    if isinstance(address, ipaddress.IPv6Address):
-        if address in NAT64 or address.sixtofour is not None or address.teredo is not None:
-            return False
-        if address.ipv4_mapped is not None:
-            address = address.ipv4_mapped
-    if any(address in network for network in SPECIAL):
-        return False
-    return address.is_global and not address.is_multicast and not address.is_reserved

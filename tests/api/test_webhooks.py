@@ -36,6 +36,20 @@ def test_a_webhooks_secret_is_shown_once_and_its_messages_are_listed(api: Api) -
         assert api.client.post("/v1/webhooks", json={"url": bad}).status_code == 422, bad
 
 
+def test_an_address_inside_a_network_is_refused_at_once(api: Api) -> None:
+    def status(url: str) -> int:
+        return api.client.post("/v1/webhooks", json={"url": url}).status_code
+
+    for inner in ("127.0.0.1:9300", "10.1.2.3", "[::1]", "[::ffff:10.0.0.1]:80", "2130706433"):
+        assert status(f"http://{inner}/hook") == 422, inner
+    for outer in ("8.8.8.8", "[2606:4700:4700::1111]", "hooks.example.com"):
+        assert status(f"http://{outer}/hook") == 201, outer
+    refused = api.client.post("/v1/webhooks", json={"url": "http://127.0.0.1:9300"}).json()
+    assert refused["detail"].startswith("127.0.0.1 is not a public address.")
+    api.resources.settings.webhook_private_addresses = True
+    assert status("http://127.0.0.1:9300/hook") == 201
+
+
 def test_a_ready_twins_result_is_told_at_once(api: Api) -> None:
     body = api.delta_body()
     api.make_ready(api.client.post("/v1/deltas", json=body).json()["delta"])
