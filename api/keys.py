@@ -67,6 +67,7 @@ class KeyOut(BaseModel):
 
     id: str = Field(examples=[EXAMPLE_KEY_ID])
     tenant: str = Field(description="The tenant's id.", examples=[EXAMPLE_TENANT_ID])
+    tenant_name: str = Field(examples=["acme"])
     name: str = Field(examples=["ci"])
     prefix: str = Field(description="The key's readable start.", examples=["ddk_Zr5TnQ0a"])
     scopes: list[Scope]
@@ -81,6 +82,7 @@ class KeyOut(BaseModel):
         return cls(
             id=key.id,
             tenant=key.tenant_id,
+            tenant_name=key.tenant.name,
             name=key.name,
             prefix=key.prefix,
             scopes=[Scope(scope) for scope in key.scopes],

@@ -128,7 +128,8 @@ def _key_of(row: ApiKeyRow, key: str | None = None) -> Key:
     """A row as the api answers it."""
     return Key(
         id=row.id,
-        tenant=row.tenant.name,
+        tenant=row.tenant_id,
+        tenant_name=row.tenant.name,
         name=row.name,
         prefix=row.prefix,
         scopes=row.scopes,

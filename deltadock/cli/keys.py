@@ -48,7 +48,7 @@ def _show_new_key(made: "Key", *, as_json: bool) -> None:
         return
     expiry = "never expires" if made.expires_at is None else f"expires {words.ago(made.expires_at)}"
     say(
-        f"{made.name}: {' '.join(made.scopes)}, of tenant {made.tenant}, {expiry}. "
+        f"{made.name}: {' '.join(made.scopes)}, of tenant {made.tenant_name}, {expiry}. "
         "The key is shown only now:"
     )
     typer.echo(made.key)
@@ -68,7 +68,7 @@ def list_keys(home: Home = None, as_json: AsJson = False, url: Url = None) -> No
         ("id", "tenant", "name", "prefix", "scopes", "expires", "last used", "state"),
         (
             (
-                key.id, key.tenant, key.name, key.prefix, " ".join(key.scopes),
+                key.id, key.tenant_name, key.name, key.prefix, " ".join(key.scopes),
                 words.ago(key.expires_at) if key.expires_at else "never",
                 words.ago(key.last_used_at), key.state,
             )

@@ -394,6 +394,7 @@ class Key(Resource):
 
     id: str
     tenant: str
+    tenant_name: str
     name: str
     prefix: str
     scopes: list[str]

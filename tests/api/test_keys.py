@@ -151,7 +151,7 @@ def test_an_operator_makes_a_tenants_first_key(api: Api) -> None:
     assert tenant["limits"]["max_jobs"] == 3
     assert api.client.post("/v1/tenants", json={"name": "acme"}).status_code == 409
     key = made(api, tenant="acme", scopes=["admin"])
-    assert key["tenant"] == tenant["id"]
+    assert (key["tenant"], key["tenant_name"]) == (tenant["id"], "acme")
     theirs = bearer(key["key"])
     own = api.client.post("/v1/keys", json={"name": "a", "scopes": ["read"]}, headers=theirs)
     assert own.json()["tenant"] == tenant["id"]
