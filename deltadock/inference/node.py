@@ -19,9 +19,9 @@ from deltadock.inference.generation import Generation
 from deltadock.inference.metrics import Metrics
 from deltadock.inference.model.loading import check_servable
 from deltadock.inference.prompts.chat import PROCESSES, TemplateSandbox
-from deltadock.inference.prompts.fair_threads import FairThreads
 from deltadock.inference.prompts.grammar import GrammarProcesses
 from deltadock.inference.prompts.matching import TokenGrammar
+from deltadock.inference.prompts.request_threads import RequestThreads
 from deltadock.inference.prompts.tokenizer import Tokenizer
 from deltadock.inference.registration import Registration
 from deltadock.inference.request import (
@@ -63,8 +63,8 @@ class InferenceNode:
         self._templates = TemplateSandbox()
         # Threads of their own: a slow template must not hold up loads, which use the default ones,
         # nor prompts without a template.
-        self._renderers = FairThreads(PROCESSES, "render")
-        self._encoders = FairThreads(ENCODERS, "encode")
+        self._renderers = RequestThreads(PROCESSES, "render")
+        self._encoders = RequestThreads(ENCODERS, "encode")
         self._compiling: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """One grammar of a queue key is compiled at a time, in a process."""
         self._grammars = GrammarProcesses()

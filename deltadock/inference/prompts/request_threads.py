@@ -12,7 +12,7 @@ from deltadock.model_target import ModelTarget
 Result = TypeVar("Result")
 
 
-class FairThreads:
+class RequestThreads:
     """Works on one request of a tenant and delta at a time; tenants that wait take turns.
 
     For one event loop.

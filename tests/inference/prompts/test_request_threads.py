@@ -4,7 +4,7 @@ import asyncio
 import threading
 from contextlib import suppress
 
-from deltadock.inference.prompts.fair_threads import FairThreads
+from deltadock.inference.prompts.request_threads import RequestThreads
 from deltadock.model_target import ModelTarget
 
 
@@ -22,7 +22,7 @@ def test_work_of_a_cancelled_request_holds_up_its_tenants_delta_alone() -> None:
         order.append("slow")
 
     async def run() -> None:
-        threads = FairThreads(4, "test")
+        threads = RequestThreads(4, "test")
         cancelled = asyncio.create_task(threads.run(target("own"), slow))
         while not begun.is_set():
             await asyncio.sleep(0.01)
@@ -48,7 +48,7 @@ def test_one_tenants_many_deltas_hold_another_up_for_one_turn() -> None:
         order.append(name)
 
     async def run() -> None:
-        threads = FairThreads(2, "test")
+        threads = RequestThreads(2, "test")
         tasks = [
             asyncio.create_task(threads.run(target("many", delta), lambda: work("many")))
             for delta in range(8)
