@@ -94,6 +94,7 @@ def compress(
                     device=device, reserve=reserve,
                 )  # fmt: skip
                 report = reach_goal(session, goal, unfinished)
+        reporter.finish()
         unfinished.replace(out)
     except DeltadockError as error:
         error.message = _without_paths(error.message, base, finetuned)

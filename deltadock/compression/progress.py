@@ -88,6 +88,7 @@ class ProgressReporter:
         self._callback = callback
         self._spans: dict[Phase, tuple[float, float]] = {"reading": (0.0, READING)}
         self._fraction = self._worked = 0.0
+        self._last: Progress | None = None
         self._scale: float | None = None
         """The fraction that a unit of work is."""
 
@@ -134,4 +135,11 @@ class ProgressReporter:
         if not saved and phase != "reading":
             self._worked += fraction - self._fraction
         self._fraction = fraction
-        self._callback(Progress(phase, block, blocks, fraction, self._worked, message))
+        self._last = Progress(phase, block, blocks, fraction, self._worked, message)
+        self._callback(self._last)
+
+    def finish(self) -> None:
+        """Report that all is done, where more was expected."""
+        if self._callback is not None and self._last is not None and self._fraction < 1.0:
+            self._fraction = 1.0
+            self._callback(self._last._replace(fraction=1.0))

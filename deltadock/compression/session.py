@@ -282,7 +282,7 @@ class CompressionSession:
         why if none can be.
         """
         progress = self._progress
-        progress.expect(self._work.measurement())
+        progress.expect(self._work.check())
         if self._data is not None:
             known = None if self._statistics is None else self._statistics.held_last_states()
             quality = self._quality(out, self._data.report, known)

@@ -45,6 +45,8 @@ ENCODING: Final[Mapping[str, float]] = MappingProxyType(
 DRAFTS: Final = 3
 TRIALS: Final = 6
 """Budgets that a search for a size, and for a bound on KL or agreement, usually tries."""
+MORE: Final = 2
+"""Budgets that a search for a bound may still try, however many it has tried."""
 
 
 def mean_side(shapes: Sequence[tuple[Sequence[int], bool]]) -> float:
@@ -115,20 +117,35 @@ class ExpectedWork:
             work["spectra"] = SPECTRA * self.side
         return work
 
-    def trials(self, done: int = 0) -> dict[Phase, float]:
-        """Of all that comes after the calibration and `done` trials of a budget."""
-        draft: dict[Phase, float] = {
+    def draft(self) -> dict[Phase, float]:
+        """Of encoding everything at a budget."""
+        return {
             "encoding": ENCODING[self.method.name] * self.side,
             "others": OTHERS * self.side,
         }
+
+    def trial(self) -> dict[Phase, float]:
+        """Of trying a budget for a bound."""
+        return self.draft() | self.finish() | comparing(self.choose)
+
+    def trials(self, done: int = 0) -> dict[Phase, float]:
+        """Of all that comes after the calibration and `done` trials of a budget."""
         if self.measures_trials:
-            draft |= self.finish() | comparing(self.choose)
-            later = max(TRIALS - 1 - done, 0) * sum(draft.values())
-            return draft | {"later": later + sum(comparing(self.report, 2).values())}
+            trial = self.trial()
+            later = max(TRIALS - 1 - done, MORE) * sum(trial.values())
+            return trial | {"later": later + sum(comparing(self.report, 2).values())}
+        draft = self.draft()
         if self.goal is not None and self.goal.is_size:
             later = max(DRAFTS - 1 - done, 0) * sum(draft.values())
             return draft | {"later": later} | self.finish()
         return draft | self.finish()
+
+    def check(self) -> dict[Phase, float]:
+        """Of measuring the result, and of what follows if it misses the bound."""
+        work = self.measurement()
+        if self.measures_trials:
+            work["later"] = MORE * sum(self.trial().values())
+        return work
 
     def finish(self) -> dict[Phase, float]:
         """Of what comes after the encoding."""

@@ -1,10 +1,18 @@
 """Shares of a compression's phases by the work expected of them."""
 
+from itertools import pairwise
+
 import pytest
 
 from deltadock.compression import progress
 from deltadock.compression.options import METHODS, Goal
-from deltadock.compression.progress import READING, Forecast, Progress, ProgressReporter
+from deltadock.compression.progress import (
+    READING,
+    Forecast,
+    Phase,
+    Progress,
+    ProgressReporter,
+)
 from deltadock.compression.work import ExpectedWork, mean_side
 
 
@@ -73,6 +81,31 @@ def test_the_rate_of_this_run_predicts_its_end(monkeypatch: pytest.MonkeyPatch) 
     now = 120.0
     assert left(0.75, 0.25) == pytest.approx(10.0)
     assert left(1.0, 0.5) == 0.0
+
+
+def test_a_long_search_for_a_bound_moves_on_to_its_end(
+    reporter: ProgressReporter, seen: list[Progress]
+) -> None:
+    """Of nine budgets, a check by the report's text that fails, and four more."""
+    work = ExpectedWork(METHODS["optimix"], Goal("max_kl", 0.02), 300.0, 6e3, train=5e4, choose=3e3)
+    reporter.expect(work.calibration() | work.trials())
+    ends = [0.0]
+
+    def work_through(phases: dict[Phase, float]) -> None:
+        reporter.expect(phases)
+        for phase in phases:
+            if phase != "later":
+                reporter.report(phase, 1, 1, phase)
+        ends.append(seen[-1].fraction)
+
+    for done in range(13):
+        work_through(work.trials(done))
+        if done == 8:
+            work_through(work.check())
+    assert all(after - before > 0.0005 for before, after in pairwise(ends))
+    assert ends[-1] < 0.995
+    reporter.finish()
+    assert seen[-1] == seen[-2]._replace(fraction=1.0)
 
 
 @pytest.mark.parametrize("goal", [None, Goal("ratio", 8.0), Goal("max_kl", 0.01)], ids=str)
