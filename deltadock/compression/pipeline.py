@@ -25,7 +25,7 @@ from deltadock.compression.options import (
 )
 from deltadock.compression.preview import carried_bytes, preview_size
 from deltadock.compression.progress import Progress, ProgressReporter
-from deltadock.compression.report import Report
+from deltadock.compression.report import UNRELATED, Report
 from deltadock.compression.residence import scratch_for
 from deltadock.compression.search import FIRST_BITS, fit_size, reach_bound
 from deltadock.compression.session import CompressionSession
@@ -87,6 +87,8 @@ def compress(
             if measured and not sources:
                 sources = [SAMPLED]
             pair = open_pair(base, finetuned, reporter)
+            if UNRELATED in pair.notes:  # for the job's log, hours before its report
+                reporter.report("reading", 1, 1, UNRELATED)
             reserve = _reserve(pair, info, goal)
             with scratch_for(torch.device(device)) as scratch:
                 session = CompressionSession(

@@ -74,6 +74,13 @@ def test_a_wrong_base_of_the_same_shapes_is_asked_for(
     shutil.rmtree(tmp_path / "merged")
     other = make_pair(seed=1)[0]
     assert make((other, finetuned), text, tmp_path, "exact").notes[0] == UNRELATED
+    seen: list[Progress] = []
+    compress(
+        other, finetuned, tmp_path / "b.delta", CompressOptions("low-rank"),
+        calibration=[Source(text)], progress=seen.append,
+    )  # fmt: skip
+    told = next(k for k, progress in enumerate(seen) if progress.message == UNRELATED)
+    assert all(progress.stage == "validating" for progress in seen[: told + 1])
 
 
 @pytest.mark.parametrize("method", ["low-rank", "bitdelta"])
