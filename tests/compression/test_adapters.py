@@ -20,6 +20,8 @@ from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.writer import write_artifact
 from deltadock.compression.adapters.encoding import adapter_digest, encode_adapter
 from deltadock.compression.adapters.importing import evaluate_adapter, import_adapter
+from deltadock.compression.calibration.sampling import TextSampler
+from deltadock.compression.calibration.sources import load_tokenizer
 from deltadock.compression.checkpoints import CheckpointReader
 from deltadock.compression.options import CalibrationOptions, CompressOptions, Source
 from deltadock.compression.preview import preview_size
@@ -425,6 +427,31 @@ def test_a_backtracking_pattern_is_rejected_quickly(
         encode_adapter(CheckpointReader(base), adapter)
 
 
+def test_a_head_of_its_own_on_a_tied_base_is_sampled_from_and_its_size_is_explained(
+    make_pair: Callable[..., tuple[Path, Path]], make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    base, _ = make_pair(tied=True)
+    table = CheckpointReader(base).tensor(f"{EMBEDDING}.weight")
+    head = 1.5 * table.float()
+    amount = CalibrationOptions(tokens=256, length=32)
+    report = import_adapter(
+        base, make_adapter(factors(64, 64) | {f"{HEAD}.weight": head}), tmp_path / "a.delta",
+        CompressOptions("lora", calibration=amount), calibration=[], progress=ProgressReporter(),
+    )  # fmt: skip
+    assert report.quality is not None
+    assert report.quality.kl == 0 < report.quality.kl_base
+    (note,) = (note for note in report.notes if "holds whole" in note)
+    assert f"({HEAD}.weight" in note
+    assert "merge_and_unload" in note
+
+    sampler = TextSampler(
+        base, load_tokenizer(base), 0, "cpu", lambda *_: None, {f"{HEAD}.weight": head}
+    )
+    weights = sampler._model.get_output_embeddings().weight
+    assert torch.equal(weights, head)
+    assert torch.equal(sampler._model.get_input_embeddings().weight, table.float())
+
+
 @pytest.mark.parametrize(
     ("named", "given", "told"),
     [
@@ -446,6 +473,7 @@ def test_a_base_of_another_name_is_asked_about(
         base, adapter, tmp_path / "a.delta", CompressOptions("lora", calibration=amount),
         calibration=[], progress=ProgressReporter(), base_name=given,
     )  # fmt: skip
+    assert not any("holds whole" in note for note in report.notes)
     asked = [note for note in report.notes if "the base that the adapter was trained on" in note]
     assert len(asked) == told
     assert not told or (repr(named) in asked[0] and repr(given or base.name) in asked[0])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from deltadock import words
 from deltadock.artifacts.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -97,6 +98,7 @@ def import_adapter(
         ],
         notes=[
             *_other_base(read_config(adapter).base, base_name or _called(base.resolve())),
+            *_mostly_whole(encoded, reader),
             *ignored_files(adapter, folder_files(adapter, adapter=True)),
         ],
     )
@@ -153,6 +155,27 @@ def _other_base(named: str, given: str) -> list[str]:
     return [
         f"Is {given!r} the base that the adapter was trained on? Its {ADAPTER_CONFIG} names "
         f"{named!r:.120}."
+    ]
+
+
+def _mostly_whole(encoded: Mapping[str, Encoded], base: CheckpointReader) -> list[str]:
+    """A note if most of the adapter's bytes are of tensors that it holds whole."""
+    whole = {
+        name: one for name, one in encoded.items() if one.record["kind"] in ("exact", "new-rows")
+    }
+    taken = sum(one.nbytes for one in whole.values())
+    total = sum(one.nbytes for one in encoded.values())
+    if 2 * taken <= total:
+        return []
+    largest = max(whole, key=lambda name: whole[name].nbytes)
+    dtype = whole[largest].record["dtype"]
+    before = base.entries[largest].dtype
+    wider = f", in {dtype} where the base has {before}" if dtype != before else ""
+    return [
+        f"{words.size(taken)} of {words.size(total)} are tensors that the adapter holds whole, as "
+        f"modules_to_save does ({largest}{wider}), and they are kept exactly. For a smaller delta "
+        "merge the adapter into its base with PEFT's merge_and_unload, save it in the base's "
+        "dtype, and push that."
     ]
 
 

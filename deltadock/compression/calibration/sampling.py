@@ -15,10 +15,11 @@ from types import MappingProxyType
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.utils import logging
 
+from deltadock.artifacts.names import is_head
 from deltadock.compression.calibration.sources import encode
 from deltadock.compression.model.families import auto_class
 from deltadock.errors import InvalidCalibration, UnsupportedModel
@@ -81,11 +82,7 @@ class TextSampler:
         except Exception as error:
             raise _unsupported(error) from error
         self._model.eval()
-        weights = dict(self._model.named_parameters())
-        for name, tensor in changes.items():
-            if name not in weights or weights[name].shape != tensor.shape:
-                raise _unsupported(ValueError(f"the adapter changes {name!r} in another way"))
-            weights[name].data.copy_(tensor)
+        self._change(changes)
         self._device = torch.device(device)
         kind = "cpu" if self._device.type == "cpu" else "cuda"
         self._cache_bytes, self.seconds = CACHE_BYTES[kind], SECONDS[kind]
@@ -98,6 +95,24 @@ class TextSampler:
         # Recommended settings of a checkpoint (top-k, penalties) would distort the distribution.
         self._model.generation_config = GenerationConfig()
         self._generator = torch.Generator(self._device).manual_seed(seed)
+
+    def _change(self, changes: Mapping[str, Tensor]) -> None:
+        """Replace weights; a tied head among them becomes one of its own.
+
+        Raises:
+            UnsupportedModel: the model has no such weight, or in another shape.
+        """
+        weights = dict(self._model.named_parameters())
+        head = self._model.get_output_embeddings()
+        for name, tensor in changes.items():
+            if is_head(name) and head is not None and name not in weights:  # tied
+                head.weight = nn.Parameter(head.weight.detach().clone())
+                weights[name] = head.weight
+            if name not in weights:
+                raise _unsupported(ValueError(f"transformers stores {name!r} in another form"))
+            if weights[name].shape != tensor.shape:
+                raise _unsupported(ValueError(f"the adapter gives {name!r} another shape"))
+            weights[name].data.copy_(tensor)
 
     def sample(
         self,
