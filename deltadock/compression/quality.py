@@ -145,19 +145,21 @@ def measure(
             check_finite(hidden[-1])
     # The last position of a window has no next token.
     labels = F.pad(windows[:, 1:], (0, 1), value=IGNORED).flatten().to(model.device)
-    sums, seen = torch.zeros(7, dtype=torch.float64), 0
+    sums, kl_max, seen = torch.zeros(7, dtype=torch.float64), 0.0, 0
     streams = (
         runner.logits(states.flatten(0, 1), source)
         for states, (runner, source) in zip(hidden, runs, strict=True)
     )
     for target, delta_logits, base_logits in zip(*streams, strict=True):
         piece = labels[seen : seen + len(target)]
-        sums += _compare(target, delta_logits, base_logits, piece).cpu()
+        added, largest = _compare(target, delta_logits, base_logits, piece)
+        sums += added.cpu()
+        kl_max = max(kl_max, float(largest))
         seen += len(target)
     kl, kl_base, same, squared = (sums[:4] / seen).tolist()
     nll_finetuned, nll, nll_base = (sums[4:] / (labels != IGNORED).sum().cpu()).tolist()
     kl_error = math.sqrt(max(squared - kl**2, 0.0) / seen)
-    return Quality(kl, kl_base, same, nll, nll_finetuned, nll_base, seen, kl_error)
+    return Quality(kl, kl_base, same, nll, nll_finetuned, nll_base, seen, kl_error, kl_max)
 
 
 def check_finite(hidden: Tensor) -> None:
@@ -174,9 +176,11 @@ def check_finite(hidden: Tensor) -> None:
 
 
 @torch.inference_mode()
-def _compare(finetuned: Tensor, delta: Tensor, base: Tensor, labels: Tensor) -> Tensor:
+def _compare(
+    finetuned: Tensor, delta: Tensor, base: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
     """Sums of (KL to delta, KL to base, agreements, squares of the first, NLLs of fine-tuned, delta
-    and base).
+    and base), and the largest KL to delta.
 
     Logits are (tokens, vocabulary), `labels` (tokens,).
     """
@@ -192,4 +196,4 @@ def _compare(finetuned: Tensor, delta: Tensor, base: Tensor, labels: Tensor) -> 
         for log_probs in (target, *others)
     ]
     sums = kl.sum(), kl_base.sum(), same.to(kl), kl.square().sum()
-    return torch.stack([*sums, *nll]).double()
+    return torch.stack([*sums, *nll]).double(), kl.max()

@@ -38,6 +38,7 @@ class Quality:
         tokens: positions measured.
         kl_error: standard error of `kl` as that of other text of this kind, of tokens that are
             independent.
+        kl_max: KL of the position where it is largest.
     """
 
     kl: float
@@ -48,11 +49,7 @@ class Quality:
     nll_base: float
     tokens: int
     kl_error: float
-
-    @property
-    def agreement_error(self) -> float:
-        """Standard error of `agreement`, as `kl_error`."""
-        return math.sqrt(self.agreement * (1 - self.agreement) / self.tokens)
+    kl_max: float
 
     @property
     def is_far(self) -> bool:
@@ -130,8 +127,8 @@ class Report:
     """KL on the choosing windows `before` and `after`; 1 or 0: whether it was `kept`, and whether
     both models stayed on the device (`resident`)."""
     bound_reached: float | None = None
-    """The confidence bound of KL or agreement on the choosing windows, which the search for a bound
-    went by."""
+    """KL or agreement on the choosing windows at the worse end of its interval: what the search for
+    a bound went by."""
     quality: Quality | None = None
     """None: not measured; a note says why."""
     measured_on: list[dict[str, Any]] = field(default_factory=list)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
+from deltadock.compression.confidence import confidence_bound
 from deltadock.compression.options import Goal, MethodInfo
 from deltadock.compression.report import Quality, Report
 from deltadock.errors import InvalidGoal
@@ -16,8 +17,6 @@ BOUND_TRIALS: Final = 9
 FIRST_BITS: Final = 1.0
 RESOLUTION: Final = 1.03
 """Factor between budgets at which the search ends."""
-CONFIDENCE: Final = 1.645
-"""Standard errors to the end of a normal distribution's one-sided 95 % interval."""
 
 
 def fit_size(
@@ -147,14 +146,6 @@ def reach_bound(
         "so the budget was raised."
     )
     return report
-
-
-def confidence_bound(goal: Goal, quality: Quality) -> float:
-    """The figure that the bound is on, at the end of its confidence interval that is worse."""
-    return goal.figure(
-        quality.kl + CONFIDENCE * quality.kl_error,
-        quality.agreement - CONFIDENCE * quality.agreement_error,
-    )
 
 
 def _smallest(

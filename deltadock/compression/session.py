@@ -32,6 +32,7 @@ from deltadock.compression.calibration.windows import (
 )
 from deltadock.compression.checkpoints import CheckpointPair, ResizedSource
 from deltadock.compression.compressors import Compressor, GlobalCompressor, PerMatrixCompressor
+from deltadock.compression.confidence import check_tokens
 from deltadock.compression.distillation import distill
 from deltadock.compression.encoder import Draft, Encoder
 from deltadock.compression.kept import (
@@ -83,7 +84,7 @@ class CompressionSession:
         Args:
             pair: the two checkpoints.
             options: method, seed, solver and amount of calibration text; of its goal, only how long
-                a search for it may take.
+                a search for it may take, and whether the text can vouch for it.
             sources: of the calibration text; empty for text sampled from the fine-tune, if the
                 method needs any.
             scratch: holds intermediate tensors.
@@ -95,6 +96,7 @@ class CompressionSession:
             reserve: budget up to which matrices are decomposed once for all; None for one budget.
 
         Raises:
+            InvalidGoal: the text is too short for a bound.
             UnsupportedModel: weights are quantized, and the method is not lossless; or the method
                 must run the model, which cannot be run.
         """
@@ -169,6 +171,9 @@ class CompressionSession:
         self._work = replace(
             self._work, train=data.tokens, choose=data.choose.numel(), report=data.report.numel()
         )
+        _, goal = options.check()
+        if goal is not None and goal.is_bound:
+            check_tokens(goal, *data.choose.shape)
         progress.expect(self._work.calibration() | self._work.trials())
         return data
 

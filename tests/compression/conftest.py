@@ -32,6 +32,12 @@ def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deltadock.compression.distillation.STEPS", 3)
 
 
+@pytest.fixture(autouse=True)
+def _short_texts_vouch(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tests of bounds have little text.
+    monkeypatch.setattr("deltadock.compression.confidence.LEAST_TOKENS", 16)
+
+
 def save_tokenizer(folder: Path) -> None:
     """A byte-level tokenizer of 256 tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -14,6 +14,7 @@ from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
 from deltadock.compression import distillation, search, session
 from deltadock.compression.calibration.windows import load_calibration
+from deltadock.compression.confidence import confidence_bound
 from deltadock.compression.methods import optimix
 from deltadock.compression.numerics.global_allocation import allocate
 from deltadock.compression.numerics.metric import Metric, weighted_errors
@@ -28,7 +29,6 @@ from deltadock.compression.pipeline import compress
 from deltadock.compression.progress import Progress
 from deltadock.compression.quality import measure
 from deltadock.compression.report import Quality, Report
-from deltadock.compression.search import confidence_bound
 from deltadock.errors import Cancelled, InvalidGoal, InvalidInput
 from tests.compression.conftest import delta_quality
 from tests.compression.matrices import make_moment, make_task
@@ -245,8 +245,8 @@ def test_a_quality_bound_is_met_near_its_smallest_size(
     data = load_calibration([Source(text)], pair[1], 128, 0, CALIBRATION)
     choosing, reporting = data.choose, data.report
     at_reference = delta_quality(pair, tmp_path / "some.delta", choosing)
-    # On so few tokens agreement may be 1, which is not a valid goal.
-    figure = at_reference.kl if goal == "max_kl" else min(at_reference.agreement, 0.98)
+    some = Goal("max_kl", 1.0) if goal == "max_kl" else Goal("min_agreement", 0.5)
+    figure = confidence_bound(some, at_reference)
     seen: list[torch.Tensor] = []
 
     def watched(*arguments: Any, **others: Any) -> Quality:

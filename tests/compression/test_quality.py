@@ -79,6 +79,7 @@ def test_figures_equal_those_of_whole_models(
         kls = F.kl_div(other, target, reduction="none", log_target=True).sum(-1)
         error = float(kls.std(correction=0)) / math.sqrt(windows.numel())
         assert figures(delta=sources[0])["kl_error"] == pytest.approx(error, rel=1e-3)
+        assert figures(delta=sources[0])["kl_max"] == pytest.approx(float(kls.max()), rel=1e-3)
     assert whole["kl_error"] == pytest.approx(0, abs=1e-9)
 
 

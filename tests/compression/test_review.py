@@ -187,6 +187,18 @@ def test_a_loose_bound_uses_a_small_budget_and_drops_matrices(
     assert all("no rank" in " ".join(matrix.fallbacks) for matrix in dropped)
 
 
+def test_a_text_too_short_for_a_bound_is_refused_before_anything_is_compressed(
+    pair: Pair, text: Path, tmp_path: Path
+) -> None:
+    seen: list[str] = []
+    with pytest.raises(InvalidGoal, match=r"agreement at least 0\.9999 takes 29956 tokens"):
+        compress(
+            *pair, tmp_path / "a.delta", CompressOptions(goal=Goal("min_agreement", 0.9999)),
+            calibration=[Source(text)], progress=lambda progress: seen.append(progress.phase),
+        )  # fmt: skip
+    assert not {"inputs", "encoding"} & set(seen)
+
+
 def test_an_unreachable_size_is_rejected_during_validation(
     pair: Pair, text: Path, tmp_path: Path
 ) -> None:

@@ -4,18 +4,24 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltadock.compression import confidence
+from deltadock.compression.confidence import (
+    STANDARD_ERRORS,
+    check_tokens,
+    confidence_bound,
+    least_share,
+)
 from deltadock.compression.options import METHODS, Goal, MethodInfo
 from deltadock.compression.report import Quality, Report
 from deltadock.compression.search import (
     BOUND_TRIALS,
-    CONFIDENCE,
     RESOLUTION,
     SIZE_TRIALS,
-    confidence_bound,
     fit_size,
     reach_bound,
 )
@@ -113,6 +119,20 @@ def agreement(kl: float) -> float:
     return 1 - kl / 100
 
 
+MANY = 10**12
+"""Tokens of which agreement is certain."""
+
+
+@pytest.fixture(autouse=True)
+def _certain_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose sum would take long."""
+    monkeypatch.setattr(
+        confidence,
+        "least_share",
+        lambda hits, count: hits / count if count == MANY else least_share(hits, count),
+    )
+
+
 class Makes:
     """KL functions of the budget that write files and record the budgets they are called with.
 
@@ -132,15 +152,14 @@ class Makes:
         path.write_text(f"{bits}")
         report = Report("optimix", bits, int(1000 * bits), 10**6, 10**6, "", None)
         kl = self.curve(bits)
-        # So many tokens that agreement's error is none.
-        return report, Quality(kl, 1.0, agreement(kl), 0.0, 0.0, 0.0, 10**30, self.error * kl)
+        return report, Quality(kl, 1.0, agreement(kl), 0.0, 0.0, 0.0, MANY, self.error * kl, 0.0)
 
     def measure(self, report: Report, path: Path) -> None:
         assert path.name.startswith(self.out.name)
         assert path.read_text() == f"{report.nominal_bits}"
         assert report.nominal_bits is not None
         kl = self.reported(report.nominal_bits)
-        report.quality = Quality(kl, 1.0, agreement(kl), 0.0, 0.0, 0.0, 1, 0.0)
+        report.quality = Quality(kl, 1.0, agreement(kl), 0.0, 0.0, 0.0, 1, 0.0, 0.0)
 
 
 def reach(make: Makes, goal: Goal, info: MethodInfo = INFO) -> float:
@@ -148,9 +167,9 @@ def reach(make: Makes, goal: Goal, info: MethodInfo = INFO) -> float:
     report = reach_bound(make, make.measure, make.out, info, goal)
     bits = report.nominal_bits
     assert bits is not None
-    kl = make.curve(bits) * (1 + CONFIDENCE * make.error)
+    kl = make.curve(bits) * (1 + STANDARD_ERRORS * make.error)
     expected = kl if goal.kind == "max_kl" else agreement(kl)
-    assert report.bound_reached == pytest.approx(expected, abs=1e-14)
+    assert report.bound_reached == pytest.approx(expected, abs=1e-11)
     assert report.quality is not None
     for figure in (
         report.bound_reached,
@@ -200,14 +219,67 @@ def test_an_uncertain_figure_must_keep_the_bound_with_confidence(
 ) -> None:
     make = Makes(lambda bits: 0.01 * bits**-2, tmp_path / "out", error)
     bits = reach(make, Goal("max_kl", 0.01))
-    assert 1 - 1e-6 <= bits / math.sqrt(1 + CONFIDENCE * error) <= RESOLUTION * 1.001
+    assert 1 - 1e-6 <= bits / math.sqrt(1 + STANDARD_ERRORS * error) <= RESOLUTION * 1.001
 
 
-def test_agreement_is_uncertain_as_a_fraction_of_so_many_tokens() -> None:
-    quality = Quality(0.1, 1.0, 0.9, 0.0, 0.0, 0.0, 100, 0.01)
-    bound = confidence_bound(Goal("min_agreement", 0.5), quality)
-    assert bound == pytest.approx(0.9 - 1.645 * 0.03)
-    assert confidence_bound(Goal("max_kl", 0.5), quality) == pytest.approx(0.1 + 1.645 * 0.01)
+def test_the_bound_of_a_kl_counts_tokens_that_the_text_may_lack() -> None:
+    quality = Quality(0.1, 1.0, 0.9, 0.0, 0.0, 0.0, 1000, 0.01, 5.0)
+    bound = confidence_bound(Goal("max_kl", 0.5), quality)
+    assert bound == pytest.approx(0.1 + 1.645 * 0.01 + math.log(20) * 5.0 / 1000)
+
+
+def test_the_bound_of_a_skewed_kl_is_kept_where_standard_errors_are_not() -> None:
+    """Half of the sum is in one token of a hundred, as of deltas."""
+    random, tokens, texts = np.random.default_rng(0), 1024, 4000
+    kls = random.lognormal(0.0, 2.3, (texts, tokens))
+    kept = naive = 0
+    for kl in kls:
+        error = float(kl.std()) / math.sqrt(tokens)
+        quality = Quality(float(kl.mean()), 1.0, 1.0, 0.0, 0.0, 0.0, tokens, error, float(kl.max()))
+        kept += confidence_bound(Goal("max_kl", 1.0), quality) >= math.exp(2.3**2 / 2)
+        naive += quality.kl + STANDARD_ERRORS * error >= math.exp(2.3**2 / 2)
+    assert naive < 0.82 * texts
+    assert kept > 0.9 * texts
+
+
+# Quantiles of the beta distribution of (hits, count - hits + 1), by SciPy 1.17.
+@pytest.mark.parametrize(
+    ("hits", "count", "expected"),
+    [
+        (16, 16, 0.8292502770175191), (15, 16, 0.7360426027114314), (1, 16, 0.0032006977101884967),
+        (100, 128, 0.7126005006479916), (3500, 3840, 0.903553402415822),
+        (500_000, 1_000_000, 0.4991770739494771), (0, 16, 0.0),
+    ],
+)  # fmt: skip
+def test_the_bound_of_an_agreement_is_exact(hits: int, count: int, expected: float) -> None:
+    assert least_share(hits, count) == pytest.approx(expected, rel=1e-9)
+    quality = Quality(0.1, 1.0, hits / count, 0.0, 0.0, 0.0, count, 0.01, 1.0)
+    assert confidence_bound(Goal("min_agreement", 0.5), quality) == least_share(hits, count)
+
+
+@pytest.mark.parametrize(
+    ("goal", "least"),
+    [
+        (Goal("max_kl", 1e-6), 512), (Goal("max_kl", 10.0), 512), (Goal("min_agreement", 0.95), 59),
+        (Goal("min_agreement", 0.99), 299),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_text_too_short_to_vouch_for_a_bound_is_refused(
+    goal: Goal, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(confidence, "LEAST_TOKENS", 512)
+    check_tokens(goal, least, 1)
+    check_tokens(goal, 1, least)
+    with pytest.raises(
+        InvalidGoal, match=rf" {least} tokens .* gives {least - 1}\..* {16 * least} "
+    ):
+        check_tokens(goal, least - 1, 1)
+    with pytest.raises(InvalidGoal, match=rf"gives 50\. .* of {16 * 50 * -(-least // 50)} tokens"):
+        check_tokens(goal, 1, 50)
+    if goal.kind == "min_agreement":
+        assert goal.is_kept(least_share(least, least))
+        assert not goal.is_kept(least_share(least - 1, least - 1))
 
 
 @pytest.mark.parametrize("kind", ["max_kl", "min_agreement"])
