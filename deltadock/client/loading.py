@@ -5,6 +5,7 @@ import json
 import tempfile
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -33,7 +34,13 @@ from deltadock.client.blocking import Client
 from deltadock.client.cache import fetch_cached
 from deltadock.client.routes import is_reference
 from deltadock.client.views import checkpoint_views, tensors_of
-from deltadock.errors import BaseMismatch, InvalidArtifact, NotFound, UnsupportedModel
+from deltadock.errors import (
+    BaseMismatch,
+    DeltadockError,
+    InvalidArtifact,
+    NotFound,
+    UnsupportedModel,
+)
 
 SAFETENSORS_DTYPES: Final = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -192,7 +199,8 @@ def load_delta(
         ArchitectureMismatch: the fine-tune's config.json uses the weights differently otherwise.
         UnsupportedModel: weights are quantized or not in memory, so they cannot be replaced.
     """
-    with Artifact(fetch(delta, client)) as artifact, torch.no_grad():
+    path = fetch(delta, client)
+    with _named_as_on_the_server(delta, path, client), Artifact(path) as artifact, torch.no_grad():
         artifact.check_intact()
         views = checkpoint_views(model)
         weights = (
@@ -235,7 +243,8 @@ def from_pretrained(
     path = fetch(delta, client)
     model = AutoModelForCausalLM.from_pretrained(base, **{"dtype": "auto", **options})
     folder = Path(base) if Path(base).is_dir() else None
-    loaded = load_delta(model, path, folder)
+    with _named_as_on_the_server(delta, path, client):
+        loaded = load_delta(model, path, folder)
     model.eval()
     return model, loaded.tokenizer(base)
 
@@ -255,6 +264,23 @@ def fetch(delta: Path | str, client: Client | None = None) -> Path:
         with Client() as default:
             return fetch(delta, default)
     return fetch_cached(client, delta)
+
+
+@contextmanager
+def _named_as_on_the_server(delta: Path | str, path: Path, client: Client | None) -> Iterator[None]:
+    """Have a BaseMismatch name a fetched delta and its base, whose cached file has but a digest."""
+    try:
+        yield
+    except BaseMismatch as error:
+        if Path(delta) != path:
+            # Not closed here, if it is the caller's.
+            server = Client() if client is None else nullcontext(client)
+            with suppress(DeltadockError), server as asked:
+                found = asked.delta(str(delta))
+                named = error.message.replace(path.name, found.reference)
+                error.message = f"{named} On the server that base is {found.base.name!r}."
+                error.args = (error.message,)
+        raise
 
 
 def _tied(model: Any) -> set[str]:

@@ -17,6 +17,7 @@ from deltadock.client.progress import in_notebook
 from deltadock.client.resources import Delta, Job
 from deltadock.errors import (
     ArchitectureMismatch,
+    BaseMismatch,
     BitsOutOfRange,
     Cancelled,
     Conflict,
@@ -35,6 +36,7 @@ from deltadock.errors import (
 from deltadock.storage.tables import Scope
 from tests.api.support import issue_key, weights
 from tests.client.support import Service, write_finetune, write_text
+from tests.client.test_loading import load, make_base, make_delta
 
 
 @pytest.fixture
@@ -274,6 +276,22 @@ def test_the_asynchronous_client_does_the_same(
 
     anyio.run(run)
     assert (tmp_path / "a.delta").exists()
+
+
+def test_another_base_is_refused_by_the_names_of_delta_and_base(
+    service: Service, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    pushed = client.push(write_finetune(tmp_path / "tuned", 91), "maths/named", "tiny", bits=2.0)
+    artifact = make_delta(make_base("llama", tmp_path / "base"), tmp_path / "a.delta").read_bytes()
+    service.api.make_ready({"id": pushed.delta.id, "job": pushed.job.id}, artifact)
+    other = make_base("qwen2", tmp_path / "other")
+    said = r"^maths/named:1 needs the base with .* On the server that base is 'tiny'\.$"
+    for _ in range(2):  # the client stays open
+        with pytest.raises(BaseMismatch, match=said):
+            deltadock.load_delta(load(other), "maths/named", client=client)
+    with pytest.raises(BaseMismatch, match=said.replace("needs", "belongs to")):
+        deltadock.from_pretrained(other, "maths/named@default", client=client)
 
 
 def test_load_delta_fetches_a_name_once(
