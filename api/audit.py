@@ -1,5 +1,6 @@
 """The audit log: who changed what, when, and with which outcome."""
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, Final, Self
 
@@ -14,7 +15,7 @@ from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_DELTA_ID, EXAMPLE_TIME
 from deltadock.errors import Forbidden, InvalidInput, NotFound
 from deltadock.problems import problems
-from deltadock.storage.repositories import AuditRepository
+from deltadock.storage.repositories import AuditRepository, KeyRepository
 from deltadock.storage.tables import AuditAction, AuditOrigin, AuditRow
 
 router = api_router("/v1/audit", tags=["audit"])
@@ -34,6 +35,7 @@ class AuditRecord(BaseModel):
         description="The API key of the request; null for other origins.",
         examples=[EXAMPLE_KEY_ID],
     )
+    key_name: str | None = Field(description="That key's name.", examples=["ci"])
     key_tenant: str | None = Field(description="The key's tenant.", examples=[EXAMPLE_TENANT_ID])
     request_id: str | None = Field(
         description="The request's `X-Request-ID`, which the api's log names too.",
@@ -49,14 +51,15 @@ class AuditRecord(BaseModel):
     details: dict[str, Any] | None = Field(examples=[{"name": "maths/skills", "version": 3}])
 
     @classmethod
-    def of(cls, row: AuditRow) -> Self:
-        """Convert a row."""
+    def of(cls, row: AuditRow, key_names: Mapping[str, str]) -> Self:
+        """Convert a row; `key_names` are by the keys' ids."""
         return cls(
             id=row.id,
             at=row.at,
             tenant=row.tenant_id,
             origin=row.origin,
             key=row.by_key_id,
+            key_name=key_names.get(row.by_key_id or ""),
             key_tenant=row.by_tenant_id,
             request_id=row.request_id,
             action=row.action,
@@ -91,7 +94,8 @@ def list_audit_records(
 ) -> AuditPage:
     """List who changed what of the tenant, newest first; nobody can change or delete a record."""
     place = _CURSOR.read(after)
-    found = AuditRepository(session, named_tenant(session, caller, tenant)).page(
+    tenant_id = named_tenant(session, caller, tenant)
+    found = AuditRepository(session, tenant_id).page(
         limit=limit + 1,
         before=None if place is None else place[0],
         action=action,
@@ -99,4 +103,5 @@ def list_audit_records(
         key_id=key,
     )
     page, following = _CURSOR.page(found, limit, lambda row: [row.id])
-    return AuditPage(data=[AuditRecord.of(row) for row in page], next=following)
+    names = KeyRepository(session, tenant_id).names({r.by_key_id for r in page if r.by_key_id})
+    return AuditPage(data=[AuditRecord.of(row, names) for row in page], next=following)

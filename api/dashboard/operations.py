@@ -23,7 +23,6 @@ from deltadock.api.tenants import get_tenant
 from deltadock.model_target import not_served
 from deltadock.storage.repositories import (
     DeltaRepository,
-    KeyRepository,
     NodeRepository,
     UploadRepository,
 )
@@ -228,10 +227,8 @@ def show_audit(
 ) -> Response:
     """Who changed what, newest first."""
     page = list_audit_records(caller, session, after=after)
-    keys = KeyRepository(session, caller.tenant_id)
     context = {
         "page": page,
-        "names": keys.names({record.key for record in page.data if record.key}),
         "objects": _names_of_objects(session, caller.tenant_id, page.data),
         "after": after,
     }

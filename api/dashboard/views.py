@@ -16,13 +16,14 @@ from deltadock.api.deltas.schemas import DeltaOut, LineageOut
 from deltadock.api.deltas.service import detail_of, page_of_deltas
 from deltadock.api.jobs import JobOut, describe_jobs, page_of_jobs
 from deltadock.api.registry.schemas import AliasMoveOut, ModelCardOut
-from deltadock.api.registry.service import card_of, require_model
+from deltadock.api.registry.service import card_of, moves_of, require_model
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE
 from deltadock.model_target import not_served
 from deltadock.storage.repositories import (
     BaseRepository,
     CheckpointRepository,
     DeltaRepository,
+    KeyRepository,
     ModelRepository,
     TotalsRepository,
 )
@@ -207,6 +208,8 @@ class DeltaView:
     """Size of the fine-tuned checkpoint, if it is still stored, and a whole model."""
     tried: Sequence[Tried]
     not_served: str | None
+    created_by_name: str | None
+    """Of the key that asked for it."""
     """Why no node answers with it, and what to do; None: nodes serve its family."""
     """Base, fine-tune and delta."""
 
@@ -320,6 +323,9 @@ def delta_view(session: Session, tenant_id: str, delta_id: str) -> DeltaView:
         else None,
         with_chats(session, tenant_id, tried),
         None if base is None else not_served(base.checkpoint.model_type),
+        KeyRepository(session, tenant_id).names([delta.created_by]).get(delta.created_by)
+        if delta.created_by
+        else None,
     )
 
 
@@ -339,7 +345,7 @@ def model_view(session: Session, tenant_id: str, name: str, *, after: str | None
         card_of(session, tenant_id, model),
         [DeltaEntry.of(version) for version in versions],
         next_after,
-        [AliasMoveOut.of(move) for move in moves],
+        moves_of(session, tenant_id, moves),
     )
 
 

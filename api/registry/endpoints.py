@@ -14,7 +14,6 @@ from deltadock.api.references import DeltaReference
 from deltadock.api.registry import service
 from deltadock.api.registry.schemas import (
     AliasIn,
-    AliasMoveOut,
     HistoryPage,
     ModelCardOut,
     ModelEntry,
@@ -124,7 +123,7 @@ def list_alias_moves(
     moves = ModelRepository(session, caller.tenant_id).history(model, limit=limit + 1, before=after)
     page = moves[:limit]
     return HistoryPage(
-        data=[AliasMoveOut.of(move) for move in page],
+        data=service.moves_of(session, caller.tenant_id, page),
         next=page[-1].id if len(moves) > limit else None,
     )
 

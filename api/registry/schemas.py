@@ -1,5 +1,6 @@
 """Request and response bodies of the registry's routes."""
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, Self
 
@@ -103,12 +104,22 @@ class AliasMoveOut(BaseModel):
     moved_by: str | None = Field(
         description="The id of an API key; null: a rule, or one of the first versions."
     )
+    moved_by_name: str | None = Field(description="That key's name.", examples=["ci"])
     at: datetime = Field(examples=[EXAMPLE_TIME])
 
     @classmethod
-    def of(cls, row: AliasMoveRow) -> Self:
-        """Convert a row."""
-        return cls.model_validate(row, from_attributes=True)
+    def of(cls, row: AliasMoveRow, key_names: Mapping[str, str]) -> Self:
+        """Convert a row; `key_names` are by the keys' ids."""
+        return cls(
+            id=row.id,
+            alias=row.alias,
+            from_version=row.from_version,
+            to_version=row.to_version,
+            reason=row.reason,
+            moved_by=row.moved_by,
+            moved_by_name=key_names.get(row.moved_by or ""),
+            at=row.at,
+        )
 
 
 class HistoryPage(BaseModel):

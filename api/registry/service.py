@@ -1,15 +1,22 @@
 """Models: finding, describing, moving aliases, deleting."""
 
+from collections.abc import Sequence
+
 from sqlalchemy.orm import Session
 
 from deltadock.api.access import Caller
 from deltadock.api.paging import Cursor
-from deltadock.api.registry.schemas import AliasIn, AliasOut, ModelCardOut, ModelPatch
+from deltadock.api.registry.schemas import AliasIn, AliasMoveOut, AliasOut, ModelCardOut, ModelPatch
 from deltadock.api.unknown import MOST_NAMES, unknown
 from deltadock.errors import Conflict, InvalidInput, NotFound, NotReady
 from deltadock.names import DEFAULT, is_alias
-from deltadock.storage.repositories import DeltaRepository, JobRepository, ModelRepository
-from deltadock.storage.tables import ModelRow
+from deltadock.storage.repositories import (
+    DeltaRepository,
+    JobRepository,
+    KeyRepository,
+    ModelRepository,
+)
+from deltadock.storage.tables import AliasMoveRow, ModelRow
 
 CURSOR = Cursor("models", str)
 
@@ -42,6 +49,12 @@ def card_of(session: Session, tenant_id: str, model: ModelRow) -> ModelCardOut:
         description=models.description(model),
         aliases=[AliasOut.of(alias) for alias in models.aliases(model)],
     )
+
+
+def moves_of(session: Session, tenant_id: str, moves: Sequence[AliasMoveRow]) -> list[AliasMoveOut]:
+    """The moves, with the names of the keys that made them."""
+    names = KeyRepository(session, tenant_id).names({m.moved_by for m in moves if m.moved_by})
+    return [AliasMoveOut.of(move, names) for move in moves]
 
 
 def change_model(session: Session, tenant_id: str, name: str, body: ModelPatch) -> ModelCardOut:

@@ -95,13 +95,14 @@ def export_audit(
     """Print the records of all tenants as lines of JSON, oldest first."""
     from deltadock.api.audit import AuditRecord
     from deltadock.settings import deployed_in
-    from deltadock.storage.repositories import AuditRepository
+    from deltadock.storage.repositories import AuditRepository, KeyRepository
     from deltadock.storage.tenancy import EVERY_TENANT
 
     check_works_here(home)
     with _database(deployed_in(home)) as database, database.read_scope() as session:
+        names = {key.id: key.name for key in KeyRepository(session, EVERY_TENANT).all()}
         for row in AuditRepository(session, EVERY_TENANT).export(after):
-            typer.echo(AuditRecord.of(row).model_dump_json())
+            typer.echo(AuditRecord.of(row, names).model_dump_json())
 
 
 @contextmanager

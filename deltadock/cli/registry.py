@@ -327,7 +327,8 @@ def _print_moves(moves: "list[AliasMove]", none: str, *, as_json: bool) -> None:
         (
             (
                 words.ago(move.at), move.alias, words.plain(move.from_version),
-                words.plain(move.to_version), move.moved_by or "rule", move.reason,
+                words.plain(move.to_version), move.moved_by_name or move.moved_by or "rule",
+                move.reason,
             )
             for move in moves
         ),

@@ -328,6 +328,7 @@ class AliasMove(Resource):
     to_version: int | None
     reason: str
     moved_by: str | None
+    moved_by_name: str | None
     at: datetime
 
 

@@ -118,6 +118,7 @@ def test_every_change_is_recorded(api: Api, capsys: pytest.CaptureFixture[str]) 
     assert [r["action"] for r in acme] == ["tenant.change", "tenant.create"]
     by_key = [r for r in found if r["action"] == "delta.restore"]
     assert (by_key[0]["origin"], by_key[0]["key"]) == ("request", key_of(api))
+    assert by_key[0]["key_name"] == "tests"
     assert by_key[0]["details"] == {"name": "maths/skills", "version": 1}
     assert len(by_key[0]["request_id"]) == 32
     (refused,) = records(api, action="request")

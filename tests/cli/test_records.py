@@ -39,4 +39,5 @@ def test_a_registry_moves_to_another_home(deltadock: Command, tmp_path: Path) ->
     lines = deltadock("audit", "export", "--home", new).stdout.splitlines()
     created, restored = (json.loads(line) for line in lines[-2:])
     assert (created["action"], created["origin"]) == ("key.create", "command")
+    assert created["key_name"] is None
     assert (restored["action"], restored["object"]) == ("database.restore", file.name)

@@ -352,7 +352,10 @@ def test_aliases_are_moved_listed_and_removed(
     moved = call("alias", pushed[1], "prod", "-m", "evaluated", "--expected", 0)
     assert "maths/skills@prod means version 2" in moved.stderr
     assert "prod" in call("alias", "maths/skills").stdout
-    assert "evaluated" in call("alias", "maths/skills", "--history").stdout
+    moves = call("alias", "maths/skills", "--history").stdout
+    assert "evaluated" in moves
+    assert "tests" in moves
+    assert "key_" not in moves
     assert answered(call("alias", "maths/skills", "--history", "--json"))[0]["alias"] == "prod"
     of_default = answered(call("alias", "maths/skills", "default", "--history", "--json"))
     assert {move["alias"] for move in of_default} == {"default"}

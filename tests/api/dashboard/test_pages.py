@@ -23,6 +23,7 @@ from deltadock.storage.repositories import (
     BaseRepository,
     DeltaRepository,
     JobRepository,
+    KeyRepository,
     NodeRepository,
     TotalsRepository,
 )
@@ -381,6 +382,16 @@ def test_only_models_on_the_samples_base_have_its_prompts(
     assert shown["CLI"].startswith("deltadock run a/b 'sort h b d a'")
 
 
+def test_a_delta_names_the_key_that_asked_for_it(site: Site, seeded: seed.Seeded) -> None:
+    with site.resources.database.session_scope() as session:
+        key = KeyRepository(session, LOCAL_TENANT).all()[0]
+        key.name = "ci of maths"
+        session.get_one(DeltaRow, seeded.ready[0]).created_by = key.id
+    page = site.text(f"/deltas/{seeded.ready[0]}")
+    assert "by the key <b>ci of maths</b>" in page
+    assert key.id not in page
+
+
 def test_names_are_escaped(site: Site) -> None:
     name = "<script>alert(1)</script>/<b onclick='x'>\"&"
     with site.resources.database.session_scope() as session:
@@ -519,7 +530,7 @@ def test_a_models_page_shows_its_card_aliases_and_history(
     assert "<em>well</em>" in page
     assert "<script>alert" not in page
     assert '<span class="alias">prod</span></dt><dd><a href="/deltas/' in page
-    assert "nothing → :2<small>Best.</small>" in page
+    assert "nothing → :2 by tests<small>Best.</small>" in page
     assert 'href="/?tag=maths"' in page
     site.text("/models/no/body", status=404)
 

@@ -97,6 +97,8 @@ def test_moves_are_recorded_and_checked(api: Api, versions: list[str]) -> None:
     key = first["data"][0]["moved_by"]
     assert key.startswith("key_")
     assert rest["data"][0]["moved_by"] is None
+    assert first["data"][0]["moved_by_name"] == "tests"
+    assert rest["data"][0]["moved_by_name"] is None
 
 
 def detail(api: Api, path: str) -> str:
