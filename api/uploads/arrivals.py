@@ -14,36 +14,55 @@ TENANT_SHARE: Final = 0.5
 """Of that, for one tenant."""
 RETRY_SECONDS: Final = 5
 
+FileKey = tuple[str, str]
+"""An upload's id and a path in it."""
+
 
 class Arrivals:
     """Changed by the event loop alone."""
 
     def __init__(self) -> None:
         self._staged: Counter[str] = Counter()
+        self._arriving: Counter[FileKey] = Counter()
         self._held: Counter[str] = Counter()
 
     def staged(self, tenant_id: str) -> int:
-        """Bytes that have arrived of the tenant's whole files."""
+        """Bytes that have arrived of the tenant's whole files, beyond those announced."""
         return self._staged[tenant_id]
 
+    def covered(self, key: FileKey, announced: int) -> int:
+        """How many bytes of the file's next body its announcement covers.
+
+        It is counted once, and so covers one body at a time.
+        """
+        return 0 if self._arriving[key] else announced
+
     @contextmanager
-    def file(self, tenant_id: str, room: Room | None) -> Iterator[Callable[[int], None]]:
+    def file(
+        self, tenant_id: str, key: FileKey, room: Room | None, announced: int
+    ) -> Iterator[Callable[[int], None]]:
         """Count a whole file while the block runs: yields what is told how much of it has arrived.
 
         That raises QuotaExceeded if the tenant has no room for all its files that are arriving.
+        Of each, what `room` counts as announced does not count again.
         """
+        covered = self.covered(key, announced)
         own = 0
 
         def arrived(size: int) -> None:
             nonlocal own
-            self._staged[tenant_id] += size - own
-            own = size
+            more = max(0, size - covered)
+            self._staged[tenant_id] += more - own
+            own = more
             if room is not None:
                 room.check(self._staged[tenant_id])
 
+        self._arriving[key] += 1
         try:
             yield arrived
         finally:
+            self._arriving[key] -= 1
+            self._arriving += Counter()
             self._staged[tenant_id] -= own
             self._staged += Counter()  # forgets who has none
 

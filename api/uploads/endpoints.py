@@ -306,33 +306,35 @@ async def put_file(
     The bytes are hashed and checked while they stream: an invalid file is rejected as soon as
     possible, and nothing of it is stored.
     """
-    announced = announced_digests(content_digest, x_content_sha256)
+    digests = announced_digests(content_digest, x_content_sha256)
     limit = resources.settings.max_file_bytes
     length = request.headers.get("content-length", "")
 
-    def admit() -> tuple[UploadKind, frozenset[str], Room | None]:
+    key = (upload_id, path)
+    arrivals = resources.arrivals
+
+    def admit() -> tuple[UploadKind, frozenset[str], Room | None, int]:
         with resources.database.read_scope() as session:
             upload = service.require_upload(session, caller.tenant_id, upload_id)
             promised = service.check_may_add(upload, path)
             room = room_of(session, caller.tenant_id)
-            if room is not None:  # what this file was announced with is counted already
-                announced = sum(file.size for file in upload.files if file.path == path)
-                room = Room(room.limit, room.used - announced)
+            announced = sum(file.size for file in upload.files if file.path == path)
             if length.isdecimal():
                 check_size(int(length), limit)
                 if room is not None:
-                    room.check(resources.arrivals.staged(caller.tenant_id) + int(length))
-            return upload.kind, promised, room
+                    more = max(0, int(length) - arrivals.covered(key, announced))
+                    room.check(arrivals.staged(caller.tenant_id) + more)
+            return upload.kind, promised, room, announced
 
-    kind, promised, room = await run_in_threadpool(admit)
+    kind, promised, room, announced = await run_in_threadpool(admit)
     inspector = make_inspector(kind, path)
     # No transaction is open during the transfer, which may take hours.
     in_memory = resources.blobs.buffer_bytes
     if length.isdecimal():
         in_memory = min(in_memory, int(length))
     with (
-        resources.arrivals.memory(caller.tenant_id, in_memory),
-        resources.arrivals.file(caller.tenant_id, room) as arrived,
+        arrivals.memory(caller.tenant_id, in_memory),
+        arrivals.file(caller.tenant_id, key, room, announced) as arrived,
     ):
         async with aclosing(body_of(request)) as pieces:
             file, tensors = await receive_file(
@@ -340,7 +342,7 @@ async def put_file(
                 inspector,
                 resources.blobs,
                 limit=limit,
-                announced=announced | promised,
+                announced=digests | promised,
                 arrived=arrived,
             )
 

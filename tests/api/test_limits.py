@@ -104,6 +104,37 @@ def test_files_that_arrive_at_once_are_within_the_quota_together(api: Api, tenan
     assert tenant.put(tenant.open_upload(), "tokenizer.json", data).status_code == 200
 
 
+def test_announced_files_that_arrive_at_once_count_once(api: Api, tenant: Api) -> None:
+    limit(api, max_bytes=7 << 20)
+    data = bytes(3 << 20)
+    paths = ["added_tokens.json", "tokenizer.json"]
+    files = [{"path": path, "size": len(data), "sha256": sha256(data)} for path in paths]
+    body = {"kind": "checkpoint", "files": files}
+    upload = tenant.client.post("/v1/uploads", json=body).json()["id"]
+    staging = api.resources.settings.blob_folder / "staging"
+    begun, leave = threading.Event(), threading.Event()
+
+    def stalled() -> Iterator[bytes]:
+        yield data[:-1]
+        begun.set()
+        leave.wait(30)
+        yield data[-1:]
+
+    def put(path: str, content: bytes | Iterator[bytes]) -> httpx.Response:
+        return tenant.client.put(f"/v1/uploads/{upload}/files/{path}", content=content)
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(put, paths[0], stalled())
+        assert begun.wait(30)
+        wait_until(lambda: sum(file.stat().st_size for file in staging.iterdir()) > 1 << 20)
+        again = put(paths[0], data)
+        second = put(paths[1], data)
+        leave.set()
+    refused(again, 403, "quota_exceeded")
+    assert second.status_code == first.result().status_code == 200, second.text
+    assert tenant.resources.arrivals.staged(tenant_id(tenant)) == 0
+
+
 def tenant_id(tenant: Api) -> str:
     acme: str = tenant.client.get("/v1/tenants/acme").json()["id"]
     return acme
