@@ -261,18 +261,18 @@ class InferenceNode:
                 slot, delta = await base.deltas.acquire(target.artifact_digest, target.tenant)
                 on_error.callback(base.deltas.release, target.artifact_digest)
                 tokenizer = delta.tokenizer
-            vocabulary = base.model.vocabulary(slot)
+            context, vocabulary = base.engine.context_tokens, base.model.vocabulary(slot)
             encode_all = partial(
                 encode,
                 prompts_of(request),
                 tokenizer,
                 self._templates,
+                context,
                 vocabulary,
                 target.tenant,
             )
             threads = self._renderers if isinstance(request, ChatRequest) else self._encoders
             prompts = await threads.run(target, encode_all)
-            context = base.engine.context_tokens
             samplings = sampling_params(request, tokenizer.defaults, prompts, context, vocabulary)
             grammar = await self._compile_grammar(target, tokenizer, request, samplings[0])
             generation = Generation(

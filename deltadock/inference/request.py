@@ -1,6 +1,7 @@
 """From an OpenAI request to prompt tokens and sampling parameters."""
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any, Final, TypeVar
 
@@ -48,16 +49,18 @@ def encode(
     prompts: Sequence[Prompt],
     tokenizer: Tokenizer,
     templates: TemplateSandbox,
+    context: int,
     vocabulary: int,
     tenant: str | None,
 ) -> list[list[int]]:
     """The prompts' tokens. Blocks: async code uses threads.
 
     Raises:
+        ContextExceeded: a prompt's characters alone show that it exceeds the `context`.
         InvalidInput: a prompt is empty, or a token is not in the `vocabulary`.
         NoChatTemplate: a conversation, and the model has no chat template.
     """
-    encoded = [_tokens(prompt, tokenizer, templates, tenant) for prompt in prompts]
+    encoded = [_tokens(prompt, tokenizer, templates, context, tenant) for prompt in prompts]
     for prompt, tokens in zip(prompts, encoded, strict=True):
         param = "messages" if isinstance(prompt, Conversation) else "prompt"
         if not tokens:
@@ -76,12 +79,35 @@ def encode(
 
 
 def _tokens(
-    prompt: Prompt, tokenizer: Tokenizer, templates: TemplateSandbox, tenant: str | None
+    prompt: Prompt,
+    tokenizer: Tokenizer,
+    templates: TemplateSandbox,
+    context: int,
+    tenant: str | None,
 ) -> list[int]:
     if isinstance(prompt, Conversation):
         text = templates.prompt(tokenizer.chat, prompt, tenant)
+        _check_length(text, tokenizer, context, "messages")
         return tokenizer.encode(text, special_tokens=False)  # the template wrote its own
-    return tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    if isinstance(prompt, str):
+        _check_length(prompt, tokenizer, context, "prompt")
+        return tokenizer.encode(prompt)
+    return list(prompt)
+
+
+def _check_length(text: str, tokenizer: Tokenizer, context: int, param: str) -> None:
+    """Refuse a text of which no encoding fits the context: to encode it may take seconds."""
+    least = math.ceil(len(text) / tokenizer.longest_token)
+    if least >= context:
+        raise _context_exceeded(f"at least {least}", context, param)
+
+
+def _context_exceeded(tokens: str, context: int, param: str) -> ContextExceeded:
+    return ContextExceeded(
+        f"The prompt has {tokens} tokens; together with its answer it must fit the context of "
+        f"{context} tokens. Shorten it.",
+        param=param,
+    )
 
 
 def grammar_of(request: GenerationRequest) -> GrammarSpec | None:
@@ -152,11 +178,8 @@ def sampling_params(
     """
     longest = max(map(len, prompts))
     if longest >= context:
-        raise ContextExceeded(
-            f"The prompt has {longest} tokens; together with its answer it must fit the context of "
-            f"{context} tokens. Shorten it.",
-            param="messages" if isinstance(request, ChatRequest) else "prompt",
-        )
+        param = "messages" if isinstance(request, ChatRequest) else "prompt"
+        raise _context_exceeded(str(longest), context, param)
     sampling = [requested_sampling(request, defaults, context - len(one)) for one in prompts]
     unknown = [token for token in sampling[0].logit_bias if token >= vocabulary]
     if unknown:

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 
+from deltadock.errors import ContextExceeded
 from deltadock.inference.engine.sampling import SamplingParams
-from deltadock.inference.prompts.tokenizer import SamplingDefaults
-from deltadock.inference.request import requested_sampling, sampling_params
+from deltadock.inference.prompts.chat import TemplateSandbox
+from deltadock.inference.prompts.tokenizer import SamplingDefaults, Tokenizer
+from deltadock.inference.request import encode, requested_sampling, sampling_params
 from deltadock.openai.chat import ChatRequest
 from deltadock.openai.completions import CompletionRequest
 from deltadock.openai.fields import AnswerFields
@@ -75,3 +77,13 @@ def test_the_longest_prompt_cuts_no_other_answer() -> None:
     request = CompletionRequest(model="m", prompt=prompts, max_tokens=50)
     samplings = sampling_params(request, PUBLISHED, prompts, 100, 264)
     assert [sampling.max_tokens for sampling in samplings] == [10, 50]
+
+
+def test_a_text_whose_length_exceeds_the_context_is_refused_unencoded(tokenizer: Tokenizer) -> None:
+    """The longest token is `<special-0>`, of eleven characters."""
+    templates = TemplateSandbox()
+    longest = "<special-0>" * 9
+    [tokens] = encode([longest], tokenizer, templates, 10, 264, None)
+    assert tokens == [256] * 9
+    with pytest.raises(ContextExceeded, match="has at least 10 tokens; together"):
+        encode([longest + "a"], tokenizer, templates, 10, 264, None)

@@ -101,16 +101,29 @@ class Tokenizer:
             InvalidInput: the text contains a lone surrogate, as JSON allows.
         """
         try:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+            # Only batches are encoded without the interpreter's lock: a long text takes seconds.
+            [encoding] = self._tokenizer.encode_batch_fast(
+                [text], add_special_tokens=special_tokens
+            )
         except TypeError as error:
             raise InvalidInput(
                 "A text contains half a surrogate pair, which is not a character; leave it out."
             ) from error
+        ids: list[int] = encoding.ids
         return ids
 
     def offsets(self, text: str) -> list[int]:
         """Where each token of `encode(text)` begins in the text, in characters."""
-        return [begin for begin, _ in self._tokenizer.encode(text).offsets]
+        [encoding] = self._tokenizer.encode_batch([text])
+        return [begin for begin, _ in encoding.offsets]
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token, of which a text has at most so many per token.
+
+        Unless the tokenizer drops characters or takes a run of unknown ones for one token.
+        """
+        return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)), default=1)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text without special tokens."""

@@ -1,6 +1,7 @@
 """Incremental decoding: characters spread over tokens, stop strings across token boundaries."""
 
 import json
+import threading
 import time
 
 import pytest
@@ -248,6 +249,18 @@ def test_sampling_defaults_come_from_the_generation_config(
 def test_a_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(InvalidInput, match="half a surrogate pair"):
         tokenizer.encode("a\ud800")
+
+
+def test_a_long_text_does_not_stop_other_threads(tokenizer: Tokenizer) -> None:
+    encoding = threading.Thread(target=tokenizer.encode, args=("some words " * 30_000,))
+    begun = last = time.perf_counter()
+    longest_pause = 0.0
+    encoding.start()
+    while encoding.is_alive():
+        time.sleep(0.001)
+        pause, last = time.perf_counter() - last, time.perf_counter()
+        longest_pause = max(longest_pause, pause)
+    assert longest_pause < (last - begun) / 2
 
 
 def test_truncation_in_the_tokenizer_file_is_ignored(tokenizer_json: str) -> None:
