@@ -244,6 +244,8 @@ class TenantRow(TableRow):
     requests_per_minute: Mapped[int | None]
     tokens_per_minute: Mapped[int | None]
     created_at: Mapped[datetime] = mapped_column(default=_utcnow)
+    served_at: Mapped[datetime | None]
+    """When a worker last began one of its jobs, other than to go on with it."""
 
 
 class TotalsRow(TableRow):
@@ -605,12 +607,7 @@ class JobRow(TableRow):
             "tenant_id", "state", "created_at", "delta_id",
         ),
         # The queue.
-        Index("ix_jobs_state_priority", "state", "priority"),
-        Index(
-            "ix_jobs_tenant_id_state_priority_sent_at_id",
-            "tenant_id", "state", "priority", "sent_at", "id",
-        ),
-        Index("ix_jobs_tenant_id_started_at", "tenant_id", "started_at"),
+        Index("ix_jobs_state_priority_sent_at_id", "state", "priority", "sent_at", "id"),
         Index(
             "ix_jobs_begun_sent_at_id", "sent_at", "id",
             **_only("started_at IS NOT NULL AND finished_at IS NULL"),
@@ -634,7 +631,7 @@ class JobRow(TableRow):
     lease_expires_at: Mapped[datetime | None]
     attempt: Mapped[int] = mapped_column(default=0)
     sent_at: Mapped[datetime] = mapped_column(default=_utcnow)
-    """When its task was last sent to the broker (set just before sending)."""
+    """When it was created or retried, and its task sent to the broker."""
     created_at: Mapped[datetime] = mapped_column(default=_utcnow)
     updated_at: Mapped[datetime] = mapped_column(default=_utcnow)
     started_at: Mapped[datetime | None]

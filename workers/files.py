@@ -24,14 +24,14 @@ class AttemptFiles:
     """Files of the job's attempt by `owner`."""
 
     def __init__(self, settings: Settings, job_id: str, owner: str) -> None:
-        self._jobs = _jobs(settings)
+        self._attempts = _attempts(settings)
         self._job_id = job_id
         self._folder = self._of(owner)
 
     def enter(self) -> Path:
         """The folder, with what another attempt on this machine has left, if one has."""
-        self._jobs.mkdir(parents=True, exist_ok=True)
-        for other in self._jobs.glob(f"{self._job_id}.*"):
+        self._attempts.mkdir(parents=True, exist_ok=True)
+        for other in self._attempts.glob(f"{self._job_id}.*"):
             owner = other.name.removeprefix(f"{self._job_id}.")
             if (owner == LEFT or died_here(owner)) and _renamed(other, self._folder):
                 break
@@ -48,7 +48,7 @@ class AttemptFiles:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _of(self, owner: str) -> Path:
-        return self._jobs / f"{self._job_id}.{owner}"
+        return self._attempts / f"{self._job_id}.{owner}"
 
 
 def drop_unneeded(settings: Settings, needed: Callable[[str, str | None], bool]) -> int:
@@ -60,7 +60,7 @@ def drop_unneeded(settings: Settings, needed: Callable[[str, str | None], bool])
             attempt has left.
     """
     dropped = 0
-    for folder in _jobs(settings).glob("*"):
+    for folder in _attempts(settings).glob("*"):
         job_id, _, owner = folder.name.partition(".")
         if job_id != DROPPED and needed(job_id, None if owner == LEFT else owner):
             continue
@@ -72,8 +72,8 @@ def drop_unneeded(settings: Settings, needed: Callable[[str, str | None], bool])
     return dropped
 
 
-def _jobs(settings: Settings) -> Path:
-    return settings.cache_folder / "jobs"
+def _attempts(settings: Settings) -> Path:
+    return settings.cache_folder / "attempts"
 
 
 def _renamed(folder: Path, target: Path) -> bool:

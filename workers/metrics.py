@@ -97,7 +97,7 @@ class _DiskCollector(Collector):
             "Bytes of this worker's files: cached bases (checkpoints), files of jobs.",
             labels=["kind"],
         )
-        for kind in ("checkpoints", "jobs"):
+        for kind in ("checkpoints", "attempts"):
             family.add_metric([kind], disk_bytes(self._folder / kind))
         yield family
 

@@ -53,8 +53,6 @@ def resend_lost(
         lost = JobRepository(session, EVERY_TENANT).stale(queued_seconds=queued_seconds)
     for job_id in lost:
         send(job_id)
-        with context.database.session_scope() as session:
-            JobRepository(session, EVERY_TENANT).mark_sent(job_id)
     return list(lost)
 
 

@@ -2,15 +2,16 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
-    Row,
     and_,
+    case,
     delete,
     func,
     insert,
+    literal,
     or_,
     select,
     update,
@@ -50,7 +51,7 @@ _BEGUN: Final = and_(JobRow.started_at.is_not(None), JobRow.finished_at.is_(None
 """Jobs that a worker has begun and none has ended; they have an index."""
 
 
-NEVER: Final = datetime.min.replace(tzinfo=UTC)
+_URGENCY: Final = case({one: place for place, one in enumerate(JobPriority)}, value=JobRow.priority)
 
 
 class JobProgress(NamedTuple):
@@ -131,7 +132,7 @@ class JobRepository:
         places = {job_id: place for place, job_id in enumerate(queue, start=1)}
         return {job_id: places.get(job_id, MAX_POSITION + 1) for job_id in waiting}
 
-    def _queue(self, limit: int) -> list[str]:
+    def _queue(self, limit: int) -> Sequence[str]:
         """Ids of the first waiting jobs, in the order in which workers take them.
 
         Jobs that a worker has begun and left are first. The others' tenants take turns: the one
@@ -139,36 +140,38 @@ class JobRepository:
         tenant's own jobs go by priority, then by when they were sent.
         """
         now = database_now(self.session)
-        free = or_(JobRow.lease_owner.is_(None), JobRow.lease_expires_at <= now)
         begun = self.session.scalars(
-            select(JobRow.id).where(_BEGUN, free).order_by(JobRow.sent_at, JobRow.id).limit(limit)
+            select(JobRow.id)
+            .where(_BEGUN, _free(now))
+            .order_by(JobRow.sent_at, JobRow.id)
+            .limit(limit)
         ).all()
+        if len(begun) == limit:
+            return begun
         working = Counter(
             self.session.scalars(
-                select(JobRow.tenant_id).where(_BEGUN, JobRow.lease_expires_at > now)
-            )
-        )
-        of_tenant = JobRow.tenant_id == TenantRow.id
-        new = and_(JobRow.state == JobState.QUEUED, JobRow.started_at.is_(None))
-        served = select(func.max(JobRow.started_at)).where(of_tenant).scalar_subquery()
-        tenants = self.session.execute(
-            select(TenantRow.id, served.label("served")).where(
-                select(JobRow.id).where(of_tenant, new).exists()
-            )
-        )
-        turns = []
-        for tenant in tenants:
-            queued: list[Row[tuple[str, datetime]]] = []
-            for priority in JobPriority:  # each is a walk along an index
-                queued += self.session.execute(
-                    select(JobRow.id, JobRow.sent_at)
-                    .where(JobRow.tenant_id == tenant.id, new, JobRow.priority == priority)
-                    .order_by(JobRow.sent_at, JobRow.id)
-                    .limit(limit - len(queued))
+                select(JobRow.tenant_id).where(
+                    _BEGUN, JobRow.lease_owner.is_not(None), JobRow.lease_expires_at > now
                 )
-            for turn, job in enumerate(queued, start=working[tenant.id]):
-                turns.append((turn, tenant.served or NEVER, job.sent_at, job.id))
-        return [*begun, *(job_id for *_, job_id in sorted(turns))][:limit]
+            )
+        )
+        own = (_URGENCY, JobRow.sent_at, JobRow.id)
+        place = func.row_number().over(partition_by=JobRow.tenant_id, order_by=own)
+        new = (
+            select(JobRow.id, JobRow.tenant_id, JobRow.sent_at, place.label("place"))
+            .where(JobRow.state == JobState.QUEUED, JobRow.started_at.is_(None))
+            .subquery()
+        )
+        ahead = case(working, value=new.c.tenant_id, else_=0) if working else literal(0)
+        queue = self.session.scalars(
+            select(new.c.id)
+            .join(TenantRow, TenantRow.id == new.c.tenant_id)
+            .order_by(
+                new.c.place + ahead, TenantRow.served_at.nulls_first(), new.c.sent_at, new.c.id
+            )
+            .limit(limit - len(begun))
+        )
+        return [*begun, *queue]
 
     def retry(self, job_id: str) -> bool:
         """Queue a failed or cancelled job again; False if it is in another state."""
@@ -251,11 +254,7 @@ class JobRepository:
                 why = before.message.removeprefix(TRIED_AGAIN)
             elif before.lease_owner not in (None, owner):
                 why = f", as {before.lease_owner} has died"
-        free = or_(
-            JobRow.lease_owner.is_(None),
-            JobRow.lease_owner == owner,
-            JobRow.lease_expires_at <= now,
-        )
+        free = or_(JobRow.lease_owner == owner, _free(now))
         if not self._set(
             and_(JobRow.id == job_id, JobRow.state.not_in(FINAL_STATES), free),
             lease_owner=owner,
@@ -277,6 +276,9 @@ class JobRepository:
             .where(JobRow.id == job_id)
             .execution_options(populate_existing=True)
         ).one()
+        if does == "starts":
+            served = update(TenantRow).where(TenantRow.id == job.tenant_id).values(served_at=now)
+            self.session.execute(served, execution_options={"synchronize_session": False})
         self.write_log(job_id, f"Attempt {job.attempt} {does} on {owner}{why.rstrip('.')}.")
         return job
 
@@ -378,11 +380,12 @@ class JobRepository:
         """End the lease of a worker that has died, or met an error; False if it does not hold it.
 
         Unlike a release this counts as an attempt: the job may be what kills its workers. After an
-        error the next attempt may have to wait for what caused it to end.
+        error the next attempt may have to wait, until what caused it has ended.
         """
         now = database_now(self.session)
         expired = self._set(
             _held(job_id, owner),
+            lease_owner=None if error else owner,
             lease_expires_at=now + timedelta(seconds=wait_seconds),
             message=f"{TRIED_AGAIN} after an error: {error}"
             if error
@@ -432,7 +435,8 @@ class JobRepository:
         """
         now = database_now(self.session)
         waiting = and_(
-            JobRow.lease_owner.is_(None), JobRow.sent_at <= now - timedelta(seconds=queued_seconds)
+            JobRow.lease_expires_at.is_(None),
+            JobRow.sent_at <= now - timedelta(seconds=queued_seconds),
         )
         return self.session.scalars(
             select(JobRow.id)
@@ -441,10 +445,6 @@ class JobRepository:
             .limit(limit)
         ).all()
 
-    def mark_sent(self, job_id: str) -> None:
-        """Record that the job's task is sent to the broker now."""
-        self._set(JobRow.id == job_id, sent_at=database_now(self.session))
-
     def _set(self, condition: ColumnElement[bool], **values: Any) -> bool:
         """UPDATE ... WHERE condition; returns whether any row matched."""
         result = self.session.execute(
@@ -452,6 +452,11 @@ class JobRepository:
             execution_options={"synchronize_session": False},
         )
         return changed_rows(result)
+
+
+def _free(now: datetime) -> ColumnElement[bool]:
+    """Whether a worker may take the job: a time without an owner is when its wait ends."""
+    return or_(JobRow.lease_expires_at.is_(None), JobRow.lease_expires_at <= now)
 
 
 def _held(job_id: str, owner: str) -> ColumnElement[bool]:

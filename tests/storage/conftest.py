@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import delete
+from sqlalchemy import delete, update
 
 from deltadock.storage.database import Database, migrate
 from deltadock.storage.tables import AuditRow, TableRow, TenantRow
@@ -32,3 +32,4 @@ def database(migrated: Database) -> Iterator[Database]:
             if table.name not in {TenantRow.__tablename__, AuditRow.__tablename__}:
                 session.execute(delete(table))
         session.execute(delete(TenantRow).where(TenantRow.id != LOCAL_TENANT))
+        session.execute(update(TenantRow).values(served_at=None))

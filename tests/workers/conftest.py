@@ -33,7 +33,7 @@ def take_and_compress(context: WorkerContext) -> Outcome | None:
 
 def job_files(context: WorkerContext) -> list[str]:
     """Names of this machine's folders of jobs."""
-    return sorted(found.name for found in (context.settings.cache_folder / "jobs").glob("*"))
+    return sorted(found.name for found in (context.settings.cache_folder / "attempts").glob("*"))
 
 
 SAMPLES = Path(__file__).parents[2] / "samples"

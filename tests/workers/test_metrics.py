@@ -51,4 +51,4 @@ def test_jobs_stages_errors_and_collections(
         assert change("deltadock_worker_stage_seconds_count", stage) == 1, stage
         assert change("deltadock_worker_stage_seconds_sum", stage) > 0, stage
     assert after["deltadock_worker_running_jobs",] == 0
-    assert after["deltadock_worker_disk_bytes", "jobs"] == 0
+    assert after["deltadock_worker_disk_bytes", "attempts"] == 0
