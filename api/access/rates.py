@@ -20,6 +20,8 @@ WINDOW_SECONDS: Final = 60
 TIMEOUT_SECONDS: Final = 1.0
 TTL_ERROR_SECONDS: Final = 1.0
 """Redis tells how long a window lasts in whole seconds."""
+RESERVED_SECONDS: Final = 5
+"""After so long, what is only reserved may have been given back."""
 Unit = Literal["request", "token"]
 
 
@@ -81,7 +83,7 @@ class Rates:
             reset, _ = await self._limiter.get_window_stats(item, *key)
             if total - tokens >= limit:
                 await self._add(item, key, -tokens)
-                raise _limited("token", limit, reset)
+                raise await self._limited(caller, "token", limit, reset)
         except RedisError as error:
             log.warning("tokens_not_counted", error=str(error))
             return Reservation(0, 0.0)
@@ -95,11 +97,13 @@ class Rates:
         """
         limit = caller.tokens_per_minute
         more = tokens - reserved.tokens
-        if limit is None or not more or (more < 0 and time.time() > reserved.until):
+        is_late = time.time() > reserved.until
+        if limit is None or (is_late and more <= 0):
             return
         item = RateLimitItemPerMinute(limit)
         try:
             await self._add(item, ("token", caller.tenant_id), more)
+            await self._add(item, _settled(caller), more if is_late else tokens)
         except RedisError as error:
             log.warning("tokens_not_counted", error=str(error))
 
@@ -117,16 +121,33 @@ class Rates:
             else:
                 within = await self._limiter.test(item, *key)
             reset, remaining = await self._limiter.get_window_stats(item, *key)
+            if not within:
+                raise await self._limited(caller, unit, limit, reset)
         except RedisError as error:
             log.warning("rate_not_counted", error=str(error))
             return {}
-        if not within:
-            raise _limited(unit, limit, reset)
         return _headers(unit, limit, remaining, reset)
+
+    async def _limited(self, caller: Caller, unit: Unit, limit: int, reset: float) -> RateLimited:
+        seconds, why = _seconds(reset), ""
+        if unit == "token":
+            item = RateLimitItemPerMinute(limit)
+            if await self._limiter.storage.get(item.key_for(*_settled(caller))) < limit:
+                seconds = min(seconds, RESERVED_SECONDS)
+                why = ", and answers that are under way may take those that are left"
+        return RateLimited(
+            f"Your tenant may use {counted(limit, unit)} a minute{why}. Try again in {seconds} s.",
+            headers=_headers(unit, limit, 0, reset) | {"Retry-After": str(seconds)},
+        )
 
     async def close(self) -> None:
         """Close the connections."""
         await self._pool.disconnect()
+
+
+def _settled(caller: Caller) -> tuple[str, str]:
+    """The key of the tokens of a minute that answers took, beside those that may be given back."""
+    return "settled-token", caller.tenant_id
 
 
 def _headers(unit: Unit, limit: int, remaining: int, reset: float) -> dict[str, str]:
@@ -138,11 +159,3 @@ def _headers(unit: Unit, limit: int, remaining: int, reset: float) -> dict[str, 
 
 def _seconds(reset: float) -> int:
     return max(1, round(reset - time.time()))
-
-
-def _limited(unit: Unit, limit: int, reset: float) -> RateLimited:
-    seconds = _seconds(reset)
-    return RateLimited(
-        f"Your tenant may use {counted(limit, unit)} a minute. Try again in {seconds} s.",
-        headers=_headers(unit, limit, 0, reset) | {"Retry-After": str(seconds)},
-    )
