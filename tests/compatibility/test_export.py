@@ -86,6 +86,23 @@ def test_a_low_rank_delta_is_an_adapter(family: str, tmp_path: Path) -> None:
     assert (again - logits_of(model)).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("folder", "named"),
+    [("tiny-base", "tiny-base"), ("models--org--tiny-base/snapshots/0123abcd", "org/tiny-base")],
+)
+def test_an_adapter_names_its_base_without_the_folders_path(
+    folder: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, out = tmp_path / folder, tmp_path / "a.delta"
+    moved(save(FAMILIES["gpt2"], base).float()).save_pretrained(tmp_path / "tuned")
+    options = CompressOptions("low-rank", goal=Goal("bits", 4.0))
+    compress(base, tmp_path / "tuned", out, options, calibration=None)
+    monkeypatch.chdir(base)
+    export_adapter(Path(), out, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == named
+
+
 def test_experts_whose_projections_have_factors_of_their_own(tmp_path: Path) -> None:
     """Adapters of transformers 4, where each expert's projections were layers."""
     model = save(FAMILIES["mixtral"], tmp_path / "base").float()

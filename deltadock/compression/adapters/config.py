@@ -148,3 +148,11 @@ def _finite(value: str | float) -> float:
     if not math.isfinite(number):
         raise ValueError("not a finite number")
     return number
+
+
+def model_name(folder: Path) -> str:
+    """The name of a checkpoint's folder; of one in the Hub's cache, the model's, with its owner."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots":
+        return folder.parents[1].name.removeprefix("models--").replace("--", "/", 1)
+    return folder.name

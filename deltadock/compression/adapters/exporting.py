@@ -27,6 +27,7 @@ from deltadock.artifacts.folder import scan_folder
 from deltadock.artifacts.names import find_name, is_embedding, is_head
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import TORCH_DTYPES, merged_tensor
+from deltadock.compression.adapters.config import model_name
 from deltadock.compression.adapters.encoding import PREFIX
 from deltadock.compression.adapters.products import BASE_LAYER, Factors
 from deltadock.compression.families import CALIBRATED, Family
@@ -228,7 +229,7 @@ class _Export:
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": str(self._base),
+            "base_model_name_or_path": model_name(self._base),
             "r": rank,
             "lora_alpha": _alpha(rank, scaling),
             "rank_pattern": {name: r for name, (r, _) in scales.items() if r != rank},

@@ -27,7 +27,7 @@ from deltadock.artifacts.folder import folder_files, ignored_files
 from deltadock.artifacts.names import is_head
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.writer import write_artifact
-from deltadock.compression.adapters.config import read_config
+from deltadock.compression.adapters.config import model_name, read_config
 from deltadock.compression.adapters.encoding import adapter_digest, encode_adapter
 from deltadock.compression.assembly import CarriedFiles, build_manifest, read_carried
 from deltadock.compression.calibration.windows import (
@@ -97,7 +97,9 @@ def import_adapter(
             for name, one in encoded.items()
         ],
         notes=[
-            *_other_base(read_config(adapter).base, base_name or _called(base.resolve())),
+            *_other_base(
+                read_config(adapter).base, base_name or model_name(base).rpartition("/")[2]
+            ),
             *_mostly_whole(encoded, reader),
             *ignored_files(adapter, folder_files(adapter, adapter=True)),
         ],
@@ -136,12 +138,6 @@ def import_adapter(
             report.notes += notes
             report.set_quality(quality, measured_on)
     return report
-
-
-def _called(base: Path) -> str:
-    """The name of a base's folder; of one in the Hub's cache, the model's."""
-    cached = base.parent.name == "snapshots"
-    return base.parents[1].name.rpartition("--")[2] if cached else base.name
 
 
 def _other_base(named: str, given: str) -> list[str]:
