@@ -41,10 +41,11 @@ def check_servable(manifest: CheckpointManifest) -> None:
     """Check what the configuration tells before any weight is read.
 
     Raises:
-        UnsupportedModel: the family cannot be served, the weights are quantized, or tokens are
-            attended to before they are generated.
+        UnsupportedModel: the family cannot be served, the weights are quantized, tokens are
+            attended to before they are generated, or windows are both set and switched off.
     """
-    if (refusal := not_served(manifest.config["model_type"])) is not None:
+    kind = manifest.config["model_type"]
+    if (refusal := not_served(kind)) is not None:
         raise UnsupportedModel(refusal)
     if "quantization_config" in manifest.config:
         raise UnsupportedModel(
@@ -55,6 +56,16 @@ def check_servable(manifest: CheckpointManifest) -> None:
         raise UnsupportedModel(
             "The model attends to later tokens too (`use_bidirectional_attention`), as those that "
             "embed texts do. Nodes serve models that generate."
+        )
+    kinds = manifest.config.get("layer_types")
+    default = getattr(FAMILIES[kind].config_class, "use_sliding_window", None)
+    switched_off = default is not None and not manifest.config.get("use_sliding_window", default)
+    # Some of transformers' attention kernels follow the one, and some the other.
+    if switched_off and isinstance(kinds, list) and "sliding_attention" in kinds:
+        raise UnsupportedModel(
+            "The configuration contradicts itself: `layer_types` has `sliding_attention`, and "
+            "`use_sliding_window` is not true. Make it true, or all layers `full_attention`, as "
+            "the model was trained."
         )
 
 

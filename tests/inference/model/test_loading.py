@@ -42,3 +42,21 @@ def test_a_refusal_names_its_cause() -> None:
     embedding = {"model_type": "gemma3_text", "use_bidirectional_attention": True}
     with pytest.raises(UnsupportedModel, match="later tokens too"):
         check_servable(CheckpointManifest((), (), embedding))
+
+
+@pytest.mark.parametrize("switch", [{}, {"use_sliding_window": False}])
+@pytest.mark.parametrize("kind", ["smollm3", "qwen2", "qwen3"])
+def test_windows_that_are_set_and_switched_off_are_refused(
+    kind: str, switch: dict[str, bool]
+) -> None:
+    config = {"model_type": kind, "sliding_window": 5, **switch}
+    windows = {"layer_types": ["sliding_attention", "full_attention"]}
+    with pytest.raises(UnsupportedModel, match="`use_sliding_window` is not true"):
+        check_servable(CheckpointManifest((), (), config | windows))
+    for settled in (
+        config | {"layer_types": ["full_attention"] * 2},
+        config | {"layer_types": None},
+        config | windows | {"use_sliding_window": True},
+        config | windows | {"model_type": "gemma2"},  # which has no such switch
+    ):
+        check_servable(CheckpointManifest((), (), settled))
