@@ -140,7 +140,7 @@ class GrammarProcesses:
         self._tokenizers: OrderedDict[tuple[str, frozenset[int]], socket.socket] = OrderedDict()
         self._here: OrderedDict[tuple[str, frozenset[int]], _Tokenizer] = OrderedDict()
         self._grammars: OrderedDict[tuple[Any, ...], TokenGrammar] = OrderedDict()
-        self._compiling = FairSlots(MAX_COMPILATIONS)
+        self._compiling = FairSlots(MAX_COMPILATIONS, MAX_COMPILATIONS)
 
     async def compile(
         self,

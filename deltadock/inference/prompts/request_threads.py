@@ -13,14 +13,16 @@ Result = TypeVar("Result")
 
 
 class RequestThreads:
-    """Works on one request of a tenant and delta at a time; tenants that wait take turns.
+    """Works on one request of a tenant and delta at a time.
+
+    A tenant leaves a thread to others, and tenants that wait take turns.
 
     For one event loop.
     """
 
     def __init__(self, threads: int, name: str) -> None:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix=name)
-        self._slots = FairSlots(threads)
+        self._slots = FairSlots(threads, threads - 1)
         self._queues: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """By queue key."""
 
@@ -36,7 +38,7 @@ class RequestThreads:
         running = asyncio.get_running_loop().run_in_executor(self._threads, work)
 
         def end(_: object) -> None:
-            self._slots.release()
+            self._slots.release(target.tenant)
             lock.release()
 
         running.add_done_callback(end)

@@ -10,7 +10,7 @@ class Work:
     """Requests that take slots; they keep them until they are let go, one after the other."""
 
     def __init__(self, slots: int) -> None:
-        self.slots = FairSlots(slots)
+        self.slots = FairSlots(slots, max(slots - 1, 1))
         self.begun: list[str] = []
         self.go_on = asyncio.Semaphore(0)
 
@@ -31,16 +31,32 @@ class Work:
 
 def test_tenants_take_turns() -> None:
     async def run() -> list[str]:
-        work = Work(2)
+        work = Work(3)
         tasks = await work.ask("a1", "a2", "a3", "a4", "a5", "b1", "c1", "b2")
-        assert work.begun == ["a1", "a2"]
+        assert work.begun == ["a1", "a2", "b1"]
         for _ in tasks:
             work.go_on.release()
             await work.settle()
         await asyncio.gather(*tasks)
         return work.begun
 
-    assert asyncio.run(run()) == ["a1", "a2", "a3", "b1", "c1", "a4", "b2", "a5"]
+    assert asyncio.run(run()) == ["a1", "a2", "b1", "a3", "c1", "b2", "a4", "a5"]
+
+
+def test_a_tenant_leaves_a_slot_to_others() -> None:
+    async def run() -> list[str]:
+        work = Work(3)
+        tasks = await work.ask("a1", "a2", "a3", "a4")
+        assert work.begun == ["a1", "a2"]
+        tasks += await work.ask("b1", "b2")
+        assert work.begun == ["a1", "a2", "b1"]
+        for _ in tasks:
+            work.go_on.release()
+            await work.settle()
+        await asyncio.gather(*tasks)
+        return work.begun
+
+    assert asyncio.run(run()) == ["a1", "a2", "b1", "a3", "b2", "a4"]
 
 
 def test_who_gives_up_takes_no_slot() -> None:
@@ -81,10 +97,13 @@ def test_who_gives_up_costs_its_tenant_no_turn() -> None:
 def test_nothing_is_kept_of_who_gave_up() -> None:
     async def run() -> None:
         work = Work(1)
-        await work.ask("x1")
+        [running] = await work.ask("x1")
         for task in await work.ask("a1", "a2", "b1"):
             task.cancel()
         await work.settle()
         assert not any(work.slots._waiting.values())
+        work.go_on.release()
+        await running
+        assert not work.slots._kept
 
     asyncio.run(run())

@@ -48,11 +48,12 @@ def test_one_tenants_many_deltas_hold_another_up_for_one_turn() -> None:
         order.append(name)
 
     async def run() -> None:
-        threads = RequestThreads(2, "test")
+        threads = RequestThreads(3, "test")
         tasks = [
             asyncio.create_task(threads.run(target("many", delta), lambda: work("many")))
             for delta in range(8)
         ]
+        tasks.append(asyncio.create_task(threads.run(target("busy"), lambda: work("busy"))))
         await asyncio.sleep(0)
         cancelled = asyncio.create_task(threads.run(target("gone"), lambda: work("gone")))
         other = asyncio.create_task(threads.run(target("other"), lambda: work("other")))
@@ -67,4 +68,24 @@ def test_one_tenants_many_deltas_hold_another_up_for_one_turn() -> None:
     asyncio.run(run())
     assert order.count("many") == 8
     assert "gone" not in order
-    assert "other" in order[:4]
+    assert "other" in order[:5]
+
+
+def test_one_tenants_many_deltas_leave_a_thread_to_others() -> None:
+    go_on = threading.Event()
+
+    async def run() -> None:
+        threads = RequestThreads(4, "test")
+        slow = [
+            asyncio.create_task(threads.run(target("many", delta), lambda: go_on.wait(30)))
+            for delta in range(8)
+        ]
+        await asyncio.sleep(0)
+        try:
+            await asyncio.wait_for(threads.run(target("other"), lambda: None), 10)
+        finally:
+            go_on.set()
+            await asyncio.gather(*slow)
+            threads.close()
+
+    asyncio.run(run())
