@@ -1,8 +1,9 @@
 """Admission control: limits on queued and running sequences, in total, per queue and per tenant.
 
 A tenant's limit is proportional to the places that are free (dynamic thresholds: Choudhury and
-Hahne, IEEE/ACM Transactions on Networking, 1998): it falls as a node fills, so that there are
-places for whoever comes next, however many tenants send all they can.
+Hahne, IEEE/ACM Transactions on Networking, 1998): it falls as a node fills, and whoever has some
+never takes the last. Tenants that send all they can come to equal shares that leave places free as
+what the first have taken ends; until then, later ones find few or none.
 """
 
 import math
@@ -75,7 +76,9 @@ class Admission:
                 "The queue of this delta is full; try again later.",
                 retry_after=self._seconds(self._delta_ends[target.queue_key], excess),
             )
-        share = (self.limit - self._reserve) * (free + 1) // (self._reserve + 1)
+        share = (
+            (self.limit - self._reserve) * free // self._reserve if self._reserve else self.limit
+        )
         held = self._of_tenant[target.tenant]
         if held and held + count > share:
             raise Overloaded(

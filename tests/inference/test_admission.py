@@ -72,10 +72,10 @@ def fill(admission: Admission, tenant: str) -> int:
 def test_tenants_that_send_all_they_can_leave_places_to_others() -> None:
     admission = Admission(80, 48, 16)
     assert fill(admission, "first") == 64
-    assert fill(admission, "second") == 13
+    assert fill(admission, "second") == 12
     for newcomer in ("third", "fourth"):
         admission.enter(target(newcomer), 1)
-    held = {"first": 64, "second": 13}
+    held = {"first": 64, "second": 12}
     for number in range(64):  # what the first had ends, and both ask again at once
         admission.leave(target("first", str(number)))
         held["first"] -= 1
@@ -83,6 +83,13 @@ def test_tenants_that_send_all_they_can_leave_places_to_others() -> None:
             held[tenant] += fill(admission, tenant)
     assert held == {"first": 36, "second": 33}
     assert retry_after(admission, target("first")) == 1
+
+
+def test_the_last_place_is_for_a_tenant_that_has_none() -> None:
+    admission = Admission(80, 48, 16)
+    assert [fill(admission, name) for name in ("first", "second", "third")] == [64, 12, 3]
+    admission.enter(target("fourth"), 1)
+    assert fill(admission, "fifth") == 0
 
 
 def test_a_node_without_a_queue_to_share_is_one_tenants() -> None:
