@@ -338,7 +338,7 @@ class UploadRepository:
             .where(self._free())
             .order_by(UploadRow.updated_at)
         )
-        return [row._tuple() for row in self.session.execute(query)]
+        return [(one, tenant, source) for one, tenant, source in self.session.execute(query)]
 
     def acquire(self, upload_id: str, owner: str, seconds: float) -> UploadRow | None:
         """Lease a completing upload to `owner`; None if another process has it."""

@@ -59,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         lacking = {"stored": False, "parts": None}
         files = json.loads(body)["files"] if self.command == "POST" else []
-        answer: dict[str, Any] = {"id": "upl_1", "data": []}
+        answer: dict[str, Any] = {"id": "upl_1", "state": "open", "data": []}
         content = json.dumps(answer | {"files": [file | lacking for file in files]}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))

@@ -203,7 +203,7 @@ def test_an_unreachable_size_is_rejected_during_validation(
     pair: Pair, text: Path, tmp_path: Path
 ) -> None:
     seen: list[str] = []
-    with pytest.raises(InvalidGoal, match="1000 bytes cannot be reached"):
+    with pytest.raises(InvalidGoal, match="1,000 bytes cannot be reached"):
         compress(
             *pair,
             tmp_path / "a.delta",
