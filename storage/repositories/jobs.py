@@ -50,8 +50,8 @@ TRIED_AGAIN: Final = "to be tried again"
 _BEGUN: Final = and_(JobRow.started_at.is_not(None), JobRow.finished_at.is_(None))
 """Jobs that a worker has begun and none has ended; they have an index."""
 
-
 _URGENCY: Final = case({one: place for place, one in enumerate(JobPriority)}, value=JobRow.priority)
+"""Place of a job's priority, the most urgent first."""
 
 
 class JobProgress(NamedTuple):
@@ -148,13 +148,7 @@ class JobRepository:
         ).all()
         if len(begun) == limit:
             return begun
-        working = Counter(
-            self.session.scalars(
-                select(JobRow.tenant_id).where(
-                    _BEGUN, JobRow.lease_owner.is_not(None), JobRow.lease_expires_at > now
-                )
-            )
-        )
+        working = Counter(self.session.scalars(select(JobRow.tenant_id).where(_at_work(now))))
         own = (_URGENCY, JobRow.sent_at, JobRow.id)
         place = func.row_number().over(partition_by=JobRow.tenant_id, order_by=own)
         new = (
@@ -369,9 +363,7 @@ class JobRepository:
     def leases(self) -> dict[str, str]:
         """Owners of the live leases, by their jobs' ids."""
         now = database_now(self.session)
-        query = select(JobRow.id, JobRow.lease_owner).where(
-            _BEGUN, JobRow.lease_owner.is_not(None), JobRow.lease_expires_at > now
-        )
+        query = select(JobRow.id, JobRow.lease_owner).where(_at_work(now))
         return {row.id: row.lease_owner for row in self.session.execute(query)}
 
     def expire(
@@ -452,6 +444,11 @@ class JobRepository:
             execution_options={"synchronize_session": False},
         )
         return changed_rows(result)
+
+
+def _at_work(now: datetime) -> ColumnElement[bool]:
+    """Whether a worker holds the job's lease."""
+    return and_(_BEGUN, JobRow.lease_owner.is_not(None), JobRow.lease_expires_at > now)
 
 
 def _free(now: datetime) -> ColumnElement[bool]:
