@@ -11,10 +11,17 @@ from opentelemetry.trace import SpanKind
 
 from deltadock.tracing import span, trace_headers
 from deltadock.workers.app import GPU_QUEUE, app
-from deltadock.workers.compress import Outcome, compress_job, get_context, take_job
+from deltadock.workers.compress import Outcome, WorkerContext, compress_job, get_context, take_job
 from deltadock.workers.lease import STOPPING
 from deltadock.workers.metrics import serving_metrics
-from deltadock.workers.sweeper import Periodic, collect, resend_lost, show_alive, sweep
+from deltadock.workers.sweeper import (
+    QUEUED_SECONDS,
+    Periodic,
+    collect,
+    resend_lost,
+    show_alive,
+    sweep,
+)
 from deltadock.workers.webhooks import POLL_SECONDS, deliver_due
 
 log = structlog.get_logger(__name__)
@@ -40,6 +47,8 @@ def compress(task: Any, job_id: str) -> None:
         if outcome is Outcome.STOPPED:
             # Another worker can start at once, without waiting for the sweeper.
             compress.apply_async((taken.job.id,), headers=trace_headers())
+    # A killed worker's job took the turn of one that waits: that has no task any more.
+    _resend_lost(context, queued_seconds=0.0)
 
 
 def send_compress(job_id: str) -> None:
@@ -56,6 +65,13 @@ def gpu_queue_is_empty(broker_url: str | None = None) -> bool:
         except ChannelError:  # the queue does not exist while it is empty
             return True
         return bool(declared.message_count == 0)
+
+
+def _resend_lost(context: WorkerContext, queued_seconds: float) -> None:
+    try:
+        resend_lost(context, send_compress, gpu_queue_is_empty, queued_seconds)
+    except Exception:  # the sweeper tries again
+        log.exception("lost_not_sent")
 
 
 @cache
@@ -81,10 +97,7 @@ def _start_sweeping(**_: object) -> None:
     context.blobs.prepare()
     _until_shutdown.enter_context(serving_metrics(context.settings))
     # Not in the sweeper's thread: this signal returns before Celery takes the first task.
-    try:
-        resend_lost(context, send_compress, gpu_queue_is_empty)
-    except Exception:  # the sweeper tries again
-        log.exception("lost_not_sent")
+    _resend_lost(context, QUEUED_SECONDS)
     for thread in _periodic():
         thread.start()
     show_alive(context.settings)
