@@ -20,7 +20,6 @@ from deltadock.api.quotas import within_bytes
 from deltadock.api.uploads.ahead import THREADS as HASH_AHEAD_THREADS
 from deltadock.api.uploads.ahead import HashAhead, Prefix
 from deltadock.api.uploads.assembly import assemble_upload
-from deltadock.api.uploads.fair_threads import FairThreads
 from deltadock.api.uploads.receive import make_inspector
 from deltadock.api.uploads.service import (
     check_arrived,
@@ -42,6 +41,7 @@ from deltadock.api.uploads.sources import (
 )
 from deltadock.artifacts.checkpoint import FileEntry, TensorEntry
 from deltadock.errors import DamagedBlob, DeltadockError, HashMismatch, NotFound, error_for
+from deltadock.fair_threads import FairThreads
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.blobs.parts import part_bytes_for

@@ -1,12 +1,12 @@
 """The device tier: deltas in slots, with reference counts, pins and LRU eviction."""
 
 import asyncio
-from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar
 
 from deltadock.errors import Conflict, Unavailable
+from deltadock.fair_queue import FairQueue
 from deltadock.inference.deltas.tiers import LruTier
 from deltadock.words import counted
 
@@ -29,8 +29,7 @@ class Resident(Generic[Delta]):
     """Loading failed, or it was dropped: the slot is freed with the last reference."""
 
 
-@dataclass(eq=False, slots=True)
-class _Waiter(Generic[Delta]):
+class _Waiter(NamedTuple, Generic[Delta]):
     """A request that waits for a delta."""
 
     digest: str
@@ -58,8 +57,7 @@ class SlotManager(LruTier[Resident[Delta]]):
         self._fill = fill
         self._clear = clear
         self._free = list(range(limit, 0, -1))
-        self._waiting: OrderedDict[str | None, deque[_Waiter[Delta]]] = OrderedDict()
-        """By tenant, in the order of their turns."""
+        self._waiting: FairQueue[_Waiter[Delta]] = FairQueue()
 
     @property
     def residents(self) -> Mapping[str, Resident[Delta]]:
@@ -69,9 +67,10 @@ class SlotManager(LruTier[Resident[Delta]]):
     @property
     def full(self) -> bool:
         """Whether acquiring another delta has to wait for a slot."""
-        return bool(self._waiting) or not (
-            self._free or any(map(self._evictable, self._entries.values()))
-        )
+        return bool(self._waiting) or not self._has_room()
+
+    def _has_room(self) -> bool:
+        return bool(self._free) or any(map(self._evictable, self._entries.values()))
 
     async def acquire(self, digest: str, tenant: str | None = None) -> tuple[int, Delta]:
         """The slot of a delta and the delta, loaded if needed; waits for a free slot.
@@ -81,56 +80,35 @@ class SlotManager(LruTier[Resident[Delta]]):
         Raises:
             Unavailable: all slots were in use for too long.
         """
-        resident = None
-        if digest in self._entries or not self._waiting:
-            resident = self._find_or_load(digest)
-        if resident is None:
-            resident = await self._turn(digest, tenant)
+        waiter = _Waiter[Delta](digest, asyncio.get_running_loop().create_future())
+        self._waiting.put(tenant, waiter)
+        self._give()
         try:
+            if not waiter.given.done():
+                await asyncio.wait({waiter.given}, timeout=MAX_WAIT_SECONDS)
+            if not waiter.given.done():
+                raise Unavailable(
+                    f"All {self._limit} slots are in use by requests to other deltas. Send the "
+                    "request again. An operator can raise DELTADOCK_NODE_MAX_DELTAS."
+                )
+            resident = waiter.given.result()
             return resident.slot, await asyncio.shield(resident.loading)
         except BaseException:
-            self._drop_reference(resident)
-            raise
-
-    async def _turn(self, digest: str, tenant: str | None) -> Resident[Delta]:
-        """Wait until the delta is given to this request."""
-        waiter = _Waiter[Delta](digest, asyncio.get_running_loop().create_future())
-        self._waiting.setdefault(tenant, deque()).append(waiter)
-        try:
-            await asyncio.wait({waiter.given}, timeout=MAX_WAIT_SECONDS)
-        except asyncio.CancelledError:
             if waiter.given.done():
                 self._drop_reference(waiter.given.result())
+            else:
+                self._waiting.remove(tenant, waiter)
             raise
-        finally:
-            if not waiter.given.done():
-                self._remove_waiter(tenant, waiter)
-        if waiter.given.done():
-            return waiter.given.result()
-        raise Unavailable(
-            f"All {self._limit} slots are in use by requests to other deltas. Send the request "
-            "again. An operator can raise DELTADOCK_NODE_MAX_DELTAS."
-        )
-
-    def _remove_waiter(self, tenant: str | None, waiter: _Waiter[Delta]) -> None:
-        self._waiting[tenant].remove(waiter)
-        if not self._waiting[tenant]:
-            del self._waiting[tenant]
 
     def _give(self) -> None:
         """Give waiting requests their deltas, tenants in turn, until none can have its."""
-        while any(self._give_one(tenant) for tenant in [*self._waiting]):
-            pass
+        while (taken := self._waiting.take(self._can_have)) is not None:
+            _, waiter = taken
+            waiter.given.set_result(self._find_or_load(waiter.digest))
 
-    def _give_one(self, tenant: str | None) -> bool:
-        """Give a tenant's first request that can have its delta this one; whether there is one."""
-        for waiter in self._waiting[tenant]:
-            if (resident := self._find_or_load(waiter.digest)) is not None:
-                self._waiting.move_to_end(tenant)
-                self._remove_waiter(tenant, waiter)
-                waiter.given.set_result(resident)
-                return True
-        return False
+    def _can_have(self, _: str | None, waiter: _Waiter[Delta]) -> bool:
+        resident = self._entries.get(waiter.digest)
+        return self._has_room() if resident is None else not resident.leaving
 
     def release(self, digest: str) -> None:
         """Undo one `acquire`; the delta stays until its slot is needed."""
@@ -176,18 +154,13 @@ class SlotManager(LruTier[Resident[Delta]]):
         finally:
             self._drop_reference(resident)
 
-    def _find_or_load(self, digest: str) -> Resident[Delta] | None:
-        """The delta's slot with one more user, or None while there is none."""
-        resident = self._entries.get(digest)
-        if resident is not None and resident.leaving:
-            return None
-        if resident is not None:
+    def _find_or_load(self, digest: str) -> Resident[Delta]:
+        """The delta's slot with one more user."""
+        if digest in self._entries:
             self.counts.hits += 1
         else:
-            self._evict(lambda: bool(self._free))
-            if not self._free:
-                return None
             self.counts.misses += 1
+            self._evict(lambda: bool(self._free))
             resident = self._entries[digest] = Resident(digest, self._free.pop())
             resident.loading = asyncio.create_task(self._load(resident))
         return self._use(digest)

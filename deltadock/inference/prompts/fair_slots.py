@@ -1,9 +1,11 @@
 """Slots for work, taken in turn by tenant."""
 
 import asyncio
-from collections import Counter, OrderedDict, deque
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+
+from deltadock.fair_queue import FairQueue
 
 
 class FairSlots:
@@ -16,56 +18,33 @@ class FairSlots:
         self._free, self._share = slots, share
         self._kept: Counter[str | None] = Counter()
         """Slots by tenant."""
-        self._waiting: OrderedDict[str | None, deque[asyncio.Future[None]]] = OrderedDict()
-        """By tenant, in the order of their turns."""
+        self._waiting: FairQueue[asyncio.Future[None]] = FairQueue()
 
     @asynccontextmanager
     async def slot(self, tenant: str | None) -> AsyncIterator[None]:
         """Keep a slot while the block runs."""
-        await self.take(tenant)
-        try:
-            yield
-        finally:
-            self.release(tenant)
-
-    async def take(self, tenant: str | None) -> None:
-        """Keep a slot until `release`."""
-        if self._free and self._kept[tenant] < self._share:
-            self._keep(tenant)
-        else:
-            await self._turn(tenant)
-
-    def _keep(self, tenant: str | None) -> None:
-        self._free -= 1
-        self._kept[tenant] += 1
-
-    async def _turn(self, tenant: str | None) -> None:
-        """Wait until a slot is passed on to this request."""
         turn = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(tenant, deque()).append(turn)
+        self._waiting.put(tenant, turn)
+        self._give()
         try:
             await turn
-        except asyncio.CancelledError:
-            if not turn.cancelled():  # it had its turn just before
-                self.release(tenant)
-            elif turn in (turns := self._waiting.get(tenant, deque())):
-                turns.remove(turn)
-            raise
+            yield
+        finally:
+            if turn.cancelled():
+                self._waiting.remove(tenant, turn)
+            else:
+                self._free += 1
+                self._kept[tenant] -= 1
+                self._kept += Counter()  # forgets who has none
+                self._give()
 
-    def release(self, tenant: str | None) -> None:
-        """Give a tenant's slot to the first that still waits of the next that may have one."""
-        self._free += 1
-        self._kept[tenant] -= 1
-        if not self._kept[tenant]:
-            del self._kept[tenant]
-        for waiting in [one for one in self._waiting if self._kept[one] < self._share]:
-            turns = self._waiting.pop(waiting)
-            while turns:
-                turn = turns.popleft()
-                if turn.done():  # it gave up, which is no turn of its tenant's
-                    continue
-                if turns:
-                    self._waiting[waiting] = turns
-                self._keep(waiting)
-                turn.set_result(None)
-                return
+    def _give(self) -> None:
+        """Give free slots to those whose turn it is."""
+        while self._free and (taken := self._waiting.take(self._may_have)) is not None:
+            tenant, turn = taken
+            self._free -= 1
+            self._kept[tenant] += 1
+            turn.set_result(None)
+
+    def _may_have(self, tenant: str | None, turn: asyncio.Future[None]) -> bool:
+        return self._kept[tenant] < self._share and not turn.cancelled()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from deltadock.api.uploads.fair_threads import FairThreads
+from deltadock.fair_threads import FairThreads
 
 
 class Works:
@@ -80,6 +80,19 @@ def test_a_work_that_fails_leaves_its_thread(works: Works) -> None:
             future.result(10)
     works.submit("a1")
     assert works.wait(1) == ["a1"]
+
+
+def test_who_gives_up_costs_its_tenant_no_turn() -> None:
+    works = Works(FairThreads(1, 1, "works"))
+    works.submit("x1")
+    works.wait(1)
+    leaving = works.threads.submit("a", lambda: None)
+    for name in ("b1", "a2", "b2"):
+        works.submit(name)
+    assert leaving.cancel()
+    works.end(99)
+    assert works.wait(4) == ["x1", "a2", "b1", "b2"]
+    works.threads.shutdown()
 
 
 def test_what_waits_is_cancelled_by_a_shutdown() -> None:
