@@ -1,7 +1,7 @@
 """A queue in which tenants take turns."""
 
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -19,6 +19,9 @@ class FairQueue(Generic[Item]):
 
     def __bool__(self) -> bool:
         return bool(self._items)
+
+    def __iter__(self) -> Iterator[tuple[str | None, Item]]:
+        return ((tenant, item) for tenant, items in self._items.items() for item in items)
 
     def put(self, tenant: str | None, item: Item) -> None:
         """Add an item; a tenant that had none is the last in turn."""

@@ -146,6 +146,6 @@ class Generation:
 
     def _release(self) -> None:
         if self._target.artifact_digest is not None:
-            self._base.deltas.release(self._target.artifact_digest)
+            self._base.deltas.release(self._target.artifact_digest, self._target.tenant)
         self._base.record_traffic(self._target.model_key, self.usage.total_tokens)
         self._base.leave()

@@ -258,8 +258,9 @@ class InferenceNode:
             on_error.callback(base.leave)
             slot, tokenizer = 0, base.tokenizer
             if target.artifact_digest is not None:
-                slot, delta = await base.deltas.acquire(target.artifact_digest, target.tenant)
-                on_error.callback(base.deltas.release, target.artifact_digest)
+                whose = (target.artifact_digest, target.tenant)
+                slot, delta = await base.deltas.acquire(*whose)
+                on_error.callback(base.deltas.release, *whose)
                 tokenizer = delta.tokenizer
             context, vocabulary = base.engine.context_tokens, base.model.vocabulary(slot)
             encode_all = partial(

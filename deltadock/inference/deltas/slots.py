@@ -1,6 +1,7 @@
 """The device tier: deltas in slots, with reference counts, pins and LRU eviction."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Generic, NamedTuple, TypeVar
@@ -24,6 +25,8 @@ class Resident(Generic[Delta]):
     slot: int
     loading: "asyncio.Task[Delta]" = field(init=False)
     users: int = 1
+    tenants: Counter[str | None] = field(default_factory=Counter)
+    """Of the users, the requests, by tenant."""
     pinned: bool = False
     leaving: bool = False
     """Loading failed, or it was dropped: the slot is freed with the last reference."""
@@ -41,8 +44,11 @@ class SlotManager(LruTier[Resident[Delta]]):
 
     An acquired delta stays in its slot until `release`. `fill` loads a delta into a slot, replacing
     its contents, and `clear` empties a slot; both run outside the loop, on slots that no running
-    sequence uses. Of the requests that wait for a slot, each tenant's first comes in turn; those
-    for deltas that are in slots do not wait.
+    sequence uses.
+
+    Of the requests that wait for a slot, each tenant's first comes in turn, and with it all of this
+    tenant for the same delta. Those for deltas that are in slots wait only while their tenant has
+    more than its share of the slots and one with less waits: running answers then end and free one.
     """
 
     def __init__(
@@ -88,31 +94,62 @@ class SlotManager(LruTier[Resident[Delta]]):
                 await asyncio.wait({waiter.given}, timeout=MAX_WAIT_SECONDS)
             if not waiter.given.done():
                 raise Unavailable(
-                    f"All {self._limit} slots are in use by requests to other deltas. Send the "
-                    "request again. An operator can raise DELTADOCK_NODE_MAX_DELTAS."
+                    f"All {self._limit} slots are in use by requests to other deltas, or wanted by "
+                    "tenants that have fewer. Send the request again. An operator can raise "
+                    "DELTADOCK_NODE_MAX_DELTAS."
                 )
             resident = waiter.given.result()
             return resident.slot, await asyncio.shield(resident.loading)
         except BaseException:
             if waiter.given.done():
-                self._drop_reference(waiter.given.result())
+                self.release(digest, tenant)
             else:
                 self._waiting.remove(tenant, waiter)
+                self._give()  # to those that waited for it
             raise
 
     def _give(self) -> None:
-        """Give waiting requests their deltas, tenants in turn, until none can have its."""
-        while (taken := self._waiting.take(self._can_have)) is not None:
-            _, waiter = taken
-            waiter.given.set_result(self._find_or_load(waiter.digest))
+        """Give waiting requests their deltas, until none can have its."""
+        yielding = self._yielding()
+        given: set[tuple[str | None, str]] = set()
 
-    def _can_have(self, _: str | None, waiter: _Waiter[Delta]) -> bool:
-        resident = self._entries.get(waiter.digest)
-        return self._has_room() if resident is None else not resident.leaving
+        def can_have(tenant: str | None, waiter: _Waiter[Delta]) -> bool:
+            if (tenant, waiter.digest) in given:
+                return True
+            resident = self._entries.get(waiter.digest)
+            is_there = self._has_room() if resident is None else not resident.leaving
+            is_pinned = resident is not None and resident.pinned
+            return is_there and (is_pinned or tenant not in yielding)
 
-    def release(self, digest: str) -> None:
+        while (taken := self._waiting.take(can_have)) is not None:
+            tenant, waiter = taken
+            resident = self._find_or_load(waiter.digest)
+            resident.tenants[tenant] += 1
+            waiter.given.set_result(resident)
+            given.add((tenant, waiter.digest))
+            yielding = self._yielding()
+
+    def _yielding(self) -> set[str | None]:
+        """Tenants with more than their share of the slots, while one with less waits for one.
+
+        With more tenants than slots, each that has one yields to those that have none.
+        """
+        waiting = {tenant for tenant, one in self._waiting if one.digest not in self._entries}
+        if not waiting:
+            return set()
+        others = [one for one in self._entries.values() if not one.pinned]
+        held = Counter(tenant for one in others for tenant in one.tenants)
+        share = (self._limit - len(self._entries) + len(others)) // len(waiting | held.keys())
+        if all(held[tenant] >= max(share, 1) for tenant in waiting):
+            return set()
+        return {tenant for tenant, slots in held.items() if slots > share}
+
+    def release(self, digest: str, tenant: str | None = None) -> None:
         """Undo one `acquire`; the delta stays until its slot is needed."""
-        self._drop_reference(self._entries[digest])
+        resident = self._entries[digest]
+        resident.tenants[tenant] -= 1
+        resident.tenants += Counter()  # forgets who has none
+        self._drop_reference(resident)
 
     def pin(self, digest: str) -> None:
         """Keep a delta in its slot until `unpin`.
@@ -177,10 +214,9 @@ class SlotManager(LruTier[Resident[Delta]]):
 
     def _drop_reference(self, resident: Resident[Delta]) -> None:
         resident.users -= 1
-        if resident.users == 0:
-            if resident.leaving:
-                self._remove(resident.digest)
-            self._give()
+        if resident.users == 0 and resident.leaving:
+            self._remove(resident.digest)
+        self._give()
 
     def _evictable(self, entry: Resident[Delta]) -> bool:
         return entry.users == 0 and not entry.pinned

@@ -99,7 +99,7 @@ class DeltaStore:
         """The delta's slot, kept until `release`, and the delta.
 
         It is read into host memory before a slot is evicted for it, and waits there while all
-        slots are in use; tenants that wait take turns.
+        slots are in use; tenants that wait take turns, and one with many leaves slots to others.
 
         Raises:
             NotFound, DamagedBlob, InvalidArtifact, BaseMismatch: this delta cannot be loaded.
@@ -111,9 +111,9 @@ class DeltaStore:
                     return await self.slots.acquire(digest, tenant)
         return await self.slots.acquire(digest, tenant)
 
-    def release(self, digest: str) -> None:
+    def release(self, digest: str, tenant: str | None = None) -> None:
         """Undo one `acquire`."""
-        self.slots.release(digest)
+        self.slots.release(digest, tenant)
 
     async def load(self, digest: str, tier: Tier = "device") -> None:
         """Load a delta into `tier`, where it stays until evicted; raises as `acquire`."""

@@ -140,7 +140,7 @@ class GrammarProcesses:
         self._tokenizers: OrderedDict[tuple[str, frozenset[int]], socket.socket] = OrderedDict()
         self._here: OrderedDict[tuple[str, frozenset[int]], _Tokenizer] = OrderedDict()
         self._grammars: OrderedDict[tuple[Any, ...], TokenGrammar] = OrderedDict()
-        self._compiling = FairSlots(MAX_COMPILATIONS, MAX_COMPILATIONS)
+        self._compiling = FairSlots(MAX_COMPILATIONS, MAX_COMPILATIONS - 1)
 
     async def compile(
         self,
@@ -151,7 +151,7 @@ class GrammarProcesses:
     ) -> TokenGrammar:
         """Compile a grammar whose answers end with one of `end_ids`. Cancelling ends the process.
 
-        Tenants whose grammars wait for others take turns.
+        Tenants whose grammars wait for others take turns, and one leaves a compilation to others.
 
         Raises:
             InvalidInput: it is invalid, or uses what is not supported.

@@ -82,10 +82,10 @@ def test_tenants_that_wait_for_slots_take_turns() -> None:
         manager, given = Slots().manager(2), []
 
         async def use(digest: str) -> None:
-            await manager.acquire(digest, tenant=digest[0])
+            await manager.acquire(digest, digest[0])
             given.append(digest)
             await asyncio.sleep(0.02)
-            manager.release(digest)
+            manager.release(digest, digest[0])
 
         names = [f"a{number}" for number in range(8)] + ["b1", "c1", "b2"]
         await asyncio.gather(*map(use, names))
@@ -107,6 +107,123 @@ def test_a_resident_delta_is_given_to_all_that_wait_for_it() -> None:
         manager.release("a")
         assert await asyncio.gather(*waiting) == [(1, "b")] * 4
         assert manager.residents["b"].users == 4
+
+    asyncio.run(scenario())
+
+
+class Answers:
+    """Requests of the tenant that is a delta's first letter; each answers until it is released."""
+
+    def __init__(self, limit: int) -> None:
+        self.manager = Slots().manager(limit)
+
+    async def ask(self, *digests: str) -> list[asyncio.Task[Any]]:
+        """Requests that have their deltas, once they are done."""
+        asked = [asyncio.create_task(self.manager.acquire(digest, digest[0])) for digest in digests]
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return asked
+
+    async def end(self, digest: str) -> None:
+        self.manager.release(digest, digest[0])
+        await self.ask()
+
+
+def have_theirs(asked: list[asyncio.Task[Any]]) -> list[bool]:
+    return [request.done() for request in asked]
+
+
+def test_a_tenant_with_many_slots_leaves_one_to_another() -> None:
+    async def scenario() -> None:
+        answers = Answers(4)
+        assert all(have_theirs(await answers.ask("a1", "a2", "a3", "a4")))
+        asked = await answers.ask("b1", "b2", "a1", "a2")
+        assert not any(have_theirs(asked)), "answers of a end first"
+        await answers.end("a3")
+        assert have_theirs(asked) == [True, False, False, False]
+        await answers.end("a4")
+        assert all(have_theirs(asked)), "each has its share"
+        waiting = await answers.ask("b3", "a1", "b1")
+        assert have_theirs(waiting) == [False, True, True]
+
+    asyncio.run(scenario())
+
+
+def test_answers_of_a_tenant_alone_do_not_wait() -> None:
+    async def scenario() -> None:
+        answers = Answers(2)
+        assert have_theirs(await answers.ask("a1", "a2", "a3", "a1")) == [True, True, False, True]
+
+    asyncio.run(scenario())
+
+
+def test_answers_go_on_once_nobody_waits_for_a_slot() -> None:
+    async def scenario() -> None:
+        answers = Answers(2)
+        await answers.ask("a1", "a2")
+        [leaving, later] = await answers.ask("b1", "a1")
+        assert not later.done()
+        leaving.cancel()
+        await answers.ask()
+        assert later.done()
+
+    asyncio.run(scenario())
+
+
+def test_nobody_waits_for_a_pinned_slot_to_be_free() -> None:
+    async def scenario() -> None:
+        answers = Answers(3)
+        await answers.ask("a1", "a2", "a3")
+        answers.manager.pin("a1")
+        assert have_theirs(await answers.ask("b1", "a1", "a2")) == [False, True, False]
+
+    asyncio.run(scenario())
+
+
+def test_more_tenants_than_slots_take_turns_with_all_that_waits_for_a_delta() -> None:
+    async def scenario() -> None:
+        answers = Answers(1)
+        await answers.ask("a1")
+        asked = await answers.ask("b1", "a1", "c1", "b1", "a1")
+        for digest, expected in (
+            ("a1", [True, False, False, True, False]),
+            ("b1", [True, False, False, True, False]),
+            ("b1", [True, True, False, True, True]),
+        ):
+            await answers.end(digest)
+            assert have_theirs(asked) == expected
+        late = await answers.ask("a1")
+        for _ in range(2):
+            await answers.end("a1")
+        assert have_theirs(asked)[2], "before the one that came later"
+        await answers.end("c1")
+        assert all(have_theirs(late))
+
+    asyncio.run(scenario())
+
+
+def test_answers_that_overlap_without_a_pause_keep_nobody_out() -> None:
+    async def scenario() -> None:
+        manager, stopped = Slots().manager(3), False
+
+        async def answer_on(digest: str, tenant: str, length: int) -> None:
+            while not stopped:
+                await manager.acquire(digest, tenant)
+                for _ in range(length):
+                    await asyncio.sleep(0)
+                manager.release(digest, tenant)
+
+        tenants = [("a1", "a"), ("a2", "a"), ("a3", "a"), ("b1", "b"), ("b2", "b")]
+        busy = [
+            asyncio.create_task(answer_on(*one, length))
+            for one in tenants
+            for length in (7, 11, 13)
+        ]
+        for number in range(20):
+            await asyncio.wait_for(manager.acquire(f"c{number}", "c"), 10)
+            manager.release(f"c{number}", "c")
+        stopped = True
+        await asyncio.gather(*busy)
 
     asyncio.run(scenario())
 
@@ -232,11 +349,12 @@ def test_a_delta_being_unloaded_is_loaded_again_on_acquire() -> None:
 )
 def test_an_acquired_delta_stays_until_release(limit: int, users: list[tuple[str, int]]) -> None:
     async def use(manager: SlotManager[Any], slots: Slots, digest: str, pauses: int) -> None:
-        slot, _ = await manager.acquire(digest, str(pauses % 2))
+        tenant = str(pauses % 2)
+        slot, _ = await manager.acquire(digest, tenant)
         for _ in range(pauses + 1):
             assert slots.installed[slot] == digest
             await asyncio.sleep(0)
-        manager.release(digest)
+        manager.release(digest, tenant)
 
     async def scenario() -> None:
         slots = Slots()
@@ -244,5 +362,8 @@ def test_an_acquired_delta_stays_until_release(limit: int, users: list[tuple[str
         await asyncio.gather(*(use(manager, slots, *user) for user in users))
         assert sorted(slots.installed.values()) == sorted(manager.residents)
         assert len(manager.residents) <= limit
+        assert not any(resident.users for resident in manager.residents.values())
+        assert not any(resident.tenants for resident in manager.residents.values())
+        assert not manager._waiting
 
     asyncio.run(scenario())

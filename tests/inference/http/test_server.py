@@ -20,6 +20,7 @@ from deltadock.artifacts.folder import scan_folder
 from deltadock.inference.engine.engine import MAX_DEVICE_FAILURES
 from deltadock.inference.prompts.tokenizer import Tokenizer, read_tokenizer_files
 from deltadock.inference.server import NodeServer, serve
+from deltadock.model_target import ARTIFACT_HEADER, BASE_HEADER, TENANT_HEADER
 from deltadock.openai.fields import GENERATION_HEADER, PROMPT_TOKENS_HEADER
 from tests.inference.support import (
     PROMPT,
@@ -344,6 +345,33 @@ def test_a_request_that_waited_too_long_for_a_base_can_be_repeated(
             assert running.result(60).choices
             monkeypatch.setattr("deltadock.inference.turns.MAX_WAIT_SECONDS", 60.0)
             assert other.completions.create(**ASK).choices
+
+
+def test_a_tenant_whose_answers_overlap_leaves_the_slot_to_another(
+    site: Site, tmp_path: Path
+) -> None:
+    ended: list[str] = []
+    with start(site, tmp_path, node_max_deltas=1) as node, ThreadPoolExecutor() as threads:
+
+        def ask(name: str, tenant: str, artifact: str) -> int:
+            headers = {BASE_HEADER: site.base, ARTIFACT_HEADER: artifact, TENANT_HEADER: tenant}
+            answer = httpx.post(f"{node.url}/v1/completions", json=ASK, headers=headers, timeout=60)
+            ended.append(name)
+            return answer.status_code
+
+        own, other = site.artifacts
+        ask("warm", "many", own)
+        go_on = hold(node)
+        slots = node.node.base.deltas.slots
+        asked = [threads.submit(ask, "first", "many", own)]
+        wait_until(lambda: slots.residents[own].users == 1)
+        asked.append(threads.submit(ask, "other", "one", other))
+        wait_until(lambda: len(list(slots._waiting)) == 1)
+        asked.append(threads.submit(ask, "next", "many", own))
+        wait_until(lambda: len(list(slots._waiting)) == 2)
+        go_on.set()
+        assert [answer.result() for answer in asked] == [200] * 3
+    assert ended == ["warm", "first", "other", "next"]
 
 
 def test_a_change_whose_clients_have_gone_is_not_made(

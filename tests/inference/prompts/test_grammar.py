@@ -188,10 +188,10 @@ def test_few_grammars_compile_at_once(grammars: Grammars) -> None:
         compiling = [
             asyncio.create_task(
                 grammars.processes.compile(
-                    grammars.spellings, ebnf(f'{LARGE} "{number}"'), frozenset({END})
+                    grammars.spellings, ebnf(f'{LARGE} "{number}"'), frozenset({END}), tenant
                 )
             )
-            for number in range(6)
+            for number, tenant in enumerate(("many", "many", "many", "one", "one"))
         ]
         while len(running(grammars) - before) < MAX_COMPILATIONS:
             await asyncio.sleep(0.01)
@@ -205,6 +205,30 @@ def test_few_grammars_compile_at_once(grammars: Grammars) -> None:
 
     assert asyncio.run(compile_many()) == MAX_COMPILATIONS
     wait_until(lambda: running(grammars) <= before)
+
+
+def test_a_tenant_leaves_a_compilation_to_others(grammars: Grammars) -> None:
+    assert grammars.allows(ebnf('root ::= "a"'), "a")
+
+    async def compile_many() -> None:
+        slow = [
+            asyncio.create_task(
+                grammars.processes.compile(
+                    grammars.spellings, ebnf(f'{LARGE} "{number}"'), frozenset({END}), "many"
+                )
+            )
+            for number in range(4)
+        ]
+        await asyncio.sleep(0)
+        await grammars.processes.compile(
+            grammars.spellings, ebnf('root ::= "another"'), frozenset({END}), "other"
+        )
+        assert not any(task.done() for task in slow)
+        for task in slow:
+            task.cancel()
+        await asyncio.gather(*slow, return_exceptions=True)
+
+    asyncio.run(compile_many())
 
 
 def test_a_grammar_that_takes_too_long_to_compile_is_refused(grammars: Grammars) -> None:
