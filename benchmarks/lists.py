@@ -251,7 +251,8 @@ def add_rows(
     rows[JobRow].append(
         {"id": f"job_{number}", **owned, "delta_id": f"dlt_{number}", "state": state,
          "priority": JobPriority.NORMAL, "created_at": at, "updated_at": at, "sent_at": at,
-         "finished_at": at, **(dict.fromkeys(ERROR) if is_ready else ERROR)}
+         "finished_at": None if state is JobState.QUEUED else at,
+         **(dict.fromkeys(ERROR) if is_ready else ERROR)}
     )  # fmt: skip
     if version == 0:
         rows[AliasRow].append(

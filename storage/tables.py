@@ -612,6 +612,11 @@ class JobRow(TableRow):
             "ix_jobs_begun_sent_at_id", "sent_at", "id",
             **_only("started_at IS NOT NULL AND finished_at IS NULL"),
         ),
+        Index(
+            "ix_jobs_waiting_tenant_id_priority_sent_at_id",
+            "tenant_id", "priority", "sent_at", "id",
+            **_only("started_at IS NULL AND finished_at IS NULL"),
+        ),
     )  # fmt: skip
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)

@@ -7,13 +7,12 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
     and_,
-    case,
     delete,
     func,
     insert,
-    literal,
     or_,
     select,
+    union_all,
     update,
 )
 from sqlalchemy.orm import Session, joinedload
@@ -50,8 +49,14 @@ TRIED_AGAIN: Final = "to be tried again"
 _BEGUN: Final = and_(JobRow.started_at.is_not(None), JobRow.finished_at.is_(None))
 """Jobs that a worker has begun and none has ended; they have an index."""
 
-_URGENCY: Final = case({one: place for place, one in enumerate(JobPriority)}, value=JobRow.priority)
-"""Place of a job's priority, the most urgent first."""
+_NEW: Final = and_(JobRow.started_at.is_(None), JobRow.finished_at.is_(None))
+"""Jobs that no worker has begun; they have an index."""
+
+_URGENCY: Final = {one: place for place, one in enumerate(JobPriority)}
+"""The most urgent priority first."""
+
+MAX_WALKS: Final = 200
+"""Of one statement; SQLite takes up to 500."""
 
 
 class JobProgress(NamedTuple):
@@ -149,23 +154,63 @@ class JobRepository:
         if len(begun) == limit:
             return begun
         working = Counter(self.session.scalars(select(JobRow.tenant_id).where(_at_work(now))))
-        own = (_URGENCY, JobRow.sent_at, JobRow.id)
-        place = func.row_number().over(partition_by=JobRow.tenant_id, order_by=own)
-        new = (
-            select(JobRow.id, JobRow.tenant_id, JobRow.sent_at, place.label("place"))
-            .where(JobRow.state == JobState.QUEUED, JobRow.started_at.is_(None))
-            .subquery()
-        )
-        ahead = case(working, value=new.c.tenant_id, else_=0) if working else literal(0)
-        queue = self.session.scalars(
-            select(new.c.id)
-            .join(TenantRow, TenantRow.id == new.c.tenant_id)
-            .order_by(
-                new.c.place + ahead, TenantRow.served_at.nulls_first(), new.c.sent_at, new.c.id
+        return [*begun, *self._new(limit - len(begun), working)]
+
+    def _new(self, limit: int, working: Counter[str]) -> Sequence[str]:
+        """Ids of the first jobs that no worker has begun; `working`: jobs at work, by tenant.
+
+        How many of a tenant and priority are among them follows from their numbers; no others are
+        read.
+        """
+        of = (JobRow.tenant_id, JobRow.priority)
+        counted = self.session.execute(
+            select(*of, func.count().label("number")).where(_NEW).group_by(*of)
+        ).all()
+        waiting: Counter[str] = Counter()
+        for group in counted:
+            waiting[group.tenant_id] += group.number
+
+        def ahead(turns: int) -> dict[str, int]:
+            """How many of each tenant are among the first, after so many turns of each."""
+            return {
+                one: min(max(turns - working[one], 0), number) for one, number in waiting.items()
+            }
+
+        wanted, turns = min(limit, waiting.total()), 0
+        while sum(ahead(turns).values()) < wanted:
+            turns += 1
+        left, walks = ahead(turns), []
+        for group in sorted(counted, key=lambda group: _URGENCY[group.priority]):
+            number = min(left[group.tenant_id], group.number)
+            left[group.tenant_id] -= number
+            if number:
+                walks.append(
+                    select(JobRow.id, *of, JobRow.sent_at)
+                    .where(_NEW, JobRow.tenant_id == group.tenant_id)
+                    .where(JobRow.priority == group.priority)
+                    .order_by(JobRow.sent_at, JobRow.id)
+                    .limit(number)
+                    .subquery()
+                )
+        rows = [
+            row
+            for first in range(0, len(walks), MAX_WALKS)
+            for row in self.session.execute(
+                union_all(*map(select, walks[first : first + MAX_WALKS]))
             )
-            .limit(limit - len(begun))
-        )
-        return [*begun, *queue]
+        ]
+        if len(rows) < wanted:
+            return self._new(limit, working)  # workers have taken some since they were counted
+        tenants = select(TenantRow.id, TenantRow.served_at).where(TenantRow.id.in_(waiting))
+        served_at = {row.id: row.served_at for row in self.session.execute(tenants)}
+        queue = []
+        places = Counter(working)
+        for row in sorted(rows, key=lambda row: (_URGENCY[row.priority], row.sent_at, row.id)):
+            places[row.tenant_id] += 1
+            served = served_at[row.tenant_id]
+            place = places[row.tenant_id], served is not None, served
+            queue.append((*place, row.sent_at, row.id))
+        return [job_id for *_, job_id in sorted(queue)[:limit]]
 
     def retry(self, job_id: str) -> bool:
         """Queue a failed or cancelled job again; False if it is in another state."""

@@ -82,9 +82,10 @@ WHOLE_TENANT = re.compile(r"(?<! totals) USING .*\((tenant_id|state|base_id)=\?\
 """A walk over all rows of a tenant, state or base, unless it stops at a limit."""
 SMALL = re.compile(
     r"SCAN (nodes\b|tenants\b"
-    r"|jobs USING INDEX ix_jobs_begun_sent_at_id|uploads USING INDEX ix_uploads_unfinished)"
+    r"|jobs USING (COVERING )?INDEX ix_jobs_(begun|waiting)"
+    r"|uploads USING INDEX ix_uploads_unfinished)"
 )
-"""Of a row per running process or tenant, and of what expires."""
+"""Of a row per running process or tenant, of what expires, and of the jobs that wait."""
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """Job leases and states: examples on both databases, and a state machine."""
 
+import random
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -26,6 +28,7 @@ from deltadock.storage.tables import (
 )
 from deltadock.storage.tenancy import EVERY_TENANT, LOCAL_TENANT
 
+URGENCY = [JobPriority.HIGH, JobPriority.NORMAL, JobPriority.LOW]
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 LEASE = 60.0
 
@@ -375,7 +378,10 @@ def test_who_has_the_fewest_jobs_at_work_is_next(session: Session, clock: Clock)
 
 def test_two_workers_take_two_jobs(database: Database) -> None:
     with database.session_scope() as session:
-        ids = {add_job(session, number).id for number in range(12)}
+        rows = [add_job(session, number) for number in range(12)]
+        for row, priority in zip(rows, [*JobPriority] * 4, strict=True):
+            row.priority = priority
+        ids = {row.id for row in rows}
 
     def take(worker: str) -> list[str]:
         taken = []
@@ -413,6 +419,41 @@ def test_waiting_jobs_are_placed_by_priority_and_then_by_their_turn(
     session.refresh(rows[4])
     monkeypatch.setattr("deltadock.storage.repositories.jobs.MAX_POSITION", 2)
     assert jobs.positions(rows) == places | {rows[3].id: 3, rows[0].id: 3}
+
+
+def test_the_queue_is_its_definition_however_much_of_it_is_read(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tenants by their turns; each with other numbers of jobs, at work and that wait."""
+    monkeypatch.setattr("deltadock.storage.repositories.jobs.MAX_WALKS", 2)
+    chance = random.Random(0)
+    tenants = [TenantRepository(session).add(name) for name in "abcd"]
+    for tenant, served in zip(tenants, (None, None, 5, 3), strict=True):
+        tenant.served_at = None if served is None else later(served)
+    rows = [add_job(session, number) for number in range(70)]
+    working: Counter[str] = Counter()
+    for row in rows:
+        tenant = tenants[chance.choice((0, 0, 0, 0, 1, 2, 2, 3))]
+        row.tenant_id, row.priority = tenant.id, chance.choice(list(JobPriority))
+        row.sent_at = later(chance.randrange(30))
+        if chance.random() < 0.1:
+            row.started_at, row.lease_owner, row.lease_expires_at = NOW, "w", later(3600)
+            working[tenant.id] += 1
+    session.flush()
+    clock = Clock()
+    monkeypatch.setattr("deltadock.storage.repositories.jobs.database_now", clock)
+    served_at = {tenant.id: tenant.served_at for tenant in tenants}
+    turns = []
+    for job in sorted(rows, key=lambda row: (URGENCY.index(row.priority), row.sent_at, row.id)):
+        if job.started_at is None:
+            working[job.tenant_id] += 1
+            served = served_at[job.tenant_id]
+            turn = working[job.tenant_id], served is not None, served, job.sent_at
+            turns.append((*turn, job.id))
+    queue = [job_id for *_, job_id in sorted(turns)]
+    jobs = JobRepository(session, EVERY_TENANT)
+    for limit in (1, 2, 9, 40, 100):
+        assert jobs._queue(limit) == queue[:limit]
 
 
 def test_a_jobs_log_keeps_its_newest_lines(jobs: JobRepository, job: JobRow) -> None:
