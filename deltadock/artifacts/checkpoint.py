@@ -70,10 +70,37 @@ SAVE_AGAIN: Final = (
 )
 """What to do with pickled weights."""
 
+_OTHER_FORMATS: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
+    (
+        re.compile(r"^(?:\d+_)?adapters\.safetensors$"),
+        "which is an adapter of MLX. Merge it: mlx_lm.fuse --model BASE --adapter-path FOLDER "
+        "--save-path NEW_FOLDER",
+    ),
+    (
+        re.compile(r"(?:^|/)(?:mp_rank|zero_pp_rank|bf16_zero_pp_rank)_.*\.pt$"),
+        "which is DeepSpeed's. Run python zero_to_fp32.py . NEW_FOLDER --safe_serialization in the "
+        "folder, and copy config.json and the tokenizer's files to the new one",
+    ),
+    (
+        re.compile(r"\.distcp$"),
+        "which is FSDP's. Run accelerate merge-weights on its folder, and copy config.json and the "
+        "tokenizer's files to the new one",
+    ),
+    (
+        re.compile(r"\.gguf$"),
+        "which is quantized for llama.cpp. Take the checkpoint that it was made from",
+    ),
+    (
+        re.compile(r"^consolidated.*\.safetensors$"),
+        "which names its tensors as Mistral does. Take the model's files for transformers",
+    ),
+)
+"""Weights that are in no model.safetensors: whose they are, and what to do."""
+
 _INNER_CHECKPOINT: Final = re.compile(
     rf"(.+)/(?:{re.escape(ADAPTER_WEIGHTS)}|{re.escape(WEIGHTS)}|{re.escape(SHARD_INDEX)})"
 )
-_OTHER_WEIGHTS: Final = re.compile(r"(adapter|consolidated|optimizer|ema)[._-].*|adapter_model.*")
+_OTHER_WEIGHTS: Final = re.compile(r"(adapters?|consolidated|optimizer|ema)[._-].*|adapter_model.*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +269,7 @@ def model_files(
     Raises:
         InvalidCheckpoint: there are no weights, or a model and an adapter; the message says what
             to do.
+        UnsafeFile: the only weights are PyTorch pickles.
     """
     is_adapter = {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= set(paths)
     weights = frozenset[str]() if adapter else weight_files(paths, index_json)
@@ -262,6 +290,14 @@ def model_files(
         raise InvalidCheckpoint(
             f"The weights are in inner folders ({', '.join(sorted(inner)[:4])}). Take the one to "
             f"use, such as {last!r}, as the checkpoint's folder."
+        )
+    for pattern, how in _OTHER_FORMATS:
+        if names := sorted(filter(pattern.search, paths)):
+            raise InvalidCheckpoint(f"The weights are in {names[0]}, {how}.")
+    pickles = any(PurePosixPath(path).suffix in PICKLE_SUFFIXES for path in paths)
+    if pickles and not any(path.endswith(".safetensors") for path in paths):
+        raise UnsafeFile(
+            f"The weights are only PyTorch pickles, which can run code when opened. {SAVE_AGAIN}"
         )
     raise InvalidCheckpoint("There is no .safetensors file with weights.")
 

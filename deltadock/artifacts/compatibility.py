@@ -18,7 +18,7 @@ from deltadock.artifacts.names import (
     is_buffer,
     is_embedding,
     is_head,
-    is_past_layers,
+    predicts_further,
 )
 from deltadock.errors import (
     ArchitectureMismatch,
@@ -34,6 +34,9 @@ STRUCTURE: Final = (
 """Keys of config.json by which equal shapes are used differently, in any version's spelling."""
 
 VOCABULARY: Final = "vocab_size"
+
+TEXT: Final = "_text"
+"""End of the `model_type` of a vision-language model's text model."""
 
 
 def vocabulary(config: Mapping[str, Any]) -> int | None:
@@ -151,7 +154,17 @@ def check_same_type(base: str, finetuned: str) -> None:
         ArchitectureMismatch: they have not.
     """
     if base != finetuned:
-        raise ArchitectureMismatch(f"The base is a {base!r} model, the fine-tune a {finetuned!r}.")
+        how = ""
+        if finetuned == f"{base}{TEXT}":
+            how = (
+                " It is of the base's text model: save that alone before its training, as the "
+                "fine-tune was saved, and register it as the base."
+            )
+        elif base == f"{finetuned}{TEXT}":
+            how = " The base is its text model alone: register the whole model as the base."
+        raise ArchitectureMismatch(
+            f"The base is a {base!r} model, the fine-tune a {finetuned!r}.{how}"
+        )
 
 
 def match_tensors(
@@ -160,8 +173,8 @@ def match_tensors(
     """The fine-tune's tensors by the base's names, as `from_pretrained` would load them.
 
     Spellings may differ (`find_name`), and a head tied to the embedding may be stored in only one
-    of the two. Left out are buffers that `transformers` computes itself, and those tensors of
-    layers past the model's that the fine-tune lacks.
+    of the two. Left out are buffers that `transformers` computes itself, and layers that predict
+    further tokens if only one of the two has them.
 
     Raises:
         ArchitectureMismatch, InvalidCheckpoint, UnsupportedModel: as `check_same_architecture`.
@@ -189,7 +202,7 @@ def match_tensors(
     matched = _by_base_names(before, finetuned, kind)
     for name, entry in sorted(before.items()):
         if name not in matched:
-            if is_past_layers(name, base.config):
+            if predicts_further(name, base.config):
                 continue
             raise ArchitectureMismatch(f"The fine-tune lacks the base's tensor {name!r}.")
         shape = matched[name].shape
@@ -215,8 +228,12 @@ def _by_base_names(
         name = find_name(entry.name, before, model_type)
         if name is None and is_head(entry.name) and _is_copy(entry, finetuned):
             continue
+        if name is None and predicts_further(entry.name, finetuned.config):
+            continue
         if name is None:
-            raise ArchitectureMismatch(f"The fine-tune's tensor {entry.name!r} is not in the base.")
+            raise ArchitectureMismatch(
+                f"The fine-tune's tensor {entry.name!r} is not in the base.{_advice(entry.name)}"
+            )
         if name in matched:
             raise ArchitectureMismatch(
                 f"The fine-tune's tensors {matched[name].name!r} and {entry.name!r} are both the "
@@ -229,6 +246,30 @@ def _by_base_names(
             if table is not None:
                 matched[name] = matched[table]
     return matched
+
+
+def _advice(name: str) -> str:
+    """What to do with a fine-tune that has a tensor of this name, which the base lacks."""
+    return next((f" {how}" for pattern, how in _FOREIGN if pattern.search(name)), "")
+
+
+_FOREIGN: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
+    (
+        re.compile(r"^base_model\.|\.base_layer\.|\.lora_"),
+        "It was saved with its adapter's layers: save what PEFT's merge_and_unload returns, or the "
+        "adapter alone with the PeftModel's save_pretrained.",
+    ),
+    (
+        re.compile(r"^(?:v_head|score|classifier|classification_head|pretrained_model)\."),
+        "Models with a head for values or classes are not served: save the language model alone.",
+    ),
+    (
+        re.compile(r"\.experts\.(?:\d+\.|gate_up_proj|down_proj)"),
+        "Base and fine-tune name the experts of a mixture differently. Load one of them and save "
+        "it with save_pretrained(FOLDER, save_original_format=True), or False, as the other was.",
+    ),
+)
+"""Names of tensors that are in no base, or under another name, and what to do."""
 
 
 def tied_head(checkpoint: CheckpointManifest, name: str = "") -> dict[str, TensorEntry]:

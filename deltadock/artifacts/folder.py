@@ -3,15 +3,13 @@
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Final
 
 from deltadock.artifacts.checkpoint import (
     ADAPTER_CONFIG,
     CHUNK_BYTES,
     CONFIG,
-    PICKLE_SUFFIXES,
-    SAVE_AGAIN,
     SHARD_INDEX,
     CheckpointManifest,
     FileEntry,
@@ -158,11 +156,5 @@ def folder_files(folder: Path, *, adapter: bool = False) -> frozenset[str]:
     index = (folder / SHARD_INDEX).read_bytes() if SHARD_INDEX in paths else None
     try:
         return model_files(paths, index, adapter=adapter)
-    except InvalidCheckpoint as error:
-        weights = any(path.endswith(".safetensors") for path in paths)
-        if not weights and any(PurePosixPath(path).suffix in PICKLE_SUFFIXES for path in paths):
-            raise UnsafeFile(
-                f"{folder} holds its weights only as PyTorch pickles, which can run code when "
-                f"opened. {SAVE_AGAIN}"
-            ) from error
-        raise InvalidCheckpoint(f"{folder}: {error.message}") from error
+    except (InvalidCheckpoint, UnsafeFile) as error:
+        raise type(error)(f"{folder}: {error.message}") from error

@@ -32,6 +32,8 @@ HEADS: Final = frozenset({"lm_head", "embed_out", "output"})
 
 _LAYER: Final = re.compile(r"^(?:model\.)?layers\.(\d+)\.")
 
+_PREDICTION: Final = re.compile(r"^(?:model\.)?mtp(?:_layers)?\.")
+
 _BLOCK: Final = re.compile(r"\.(\d+)\.")
 
 _WRAPPERS: Final = re.compile(
@@ -77,11 +79,14 @@ def find_name(name: str, names: Container[str], model_type: str) -> str | None:
     return next((one for one in spellings(name, model_type) if one in names), None)
 
 
-def is_past_layers(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether the tensor is of a layer past those that config.json counts.
+def predicts_further(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether the tensor is of a layer that predicts further tokens, not the next one.
 
-    Such layers predict further tokens (DeepSeek's and GLM's); `transformers` does not load them.
+    Such are layers past those that config.json counts (DeepSeek's and GLM's), and those of a module
+    of their own (Qwen3.5's); `transformers` does not load them.
     """
+    if _PREDICTION.match(name):
+        return True
     layer, count = _LAYER.search(name), config.get("num_hidden_layers")
     return layer is not None and isinstance(count, int) and int(layer[1]) >= count
 

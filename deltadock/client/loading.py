@@ -26,7 +26,7 @@ from deltadock.artifacts.checkpoint import (
 )
 from deltadock.artifacts.configs import EPSILONS, ROPE, check_same_forward, expand
 from deltadock.artifacts.folder import scan_folder
-from deltadock.artifacts.names import find_name, is_embedding, is_head, is_past_layers
+from deltadock.artifacts.names import find_name, is_embedding, is_head, predicts_further
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import TORCH_DTYPES, fits_base, merged_tensor
 from deltadock.artifacts.tokenizers import open_tokenizer
@@ -411,7 +411,7 @@ def _new_data(
         if untied is not None and name == untied.name:
             continue
         view = base.views.get(name)
-        if view is None and is_past_layers(name, model.config.to_dict()):
+        if view is None and predicts_further(name, model.config.to_dict()):
             continue
         if view is None:
             raise InvalidArtifact(f"The delta changes {name!r}, which the model does not have.")

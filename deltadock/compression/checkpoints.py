@@ -24,7 +24,7 @@ from deltadock.artifacts.compatibility import (
 from deltadock.artifacts.configs import check_same_forward
 from deltadock.artifacts.encodings import NUMPY_DTYPES
 from deltadock.artifacts.folder import folder_files, ignored_files, scan_folder
-from deltadock.artifacts.names import is_embedding, is_head, is_in_block, is_past_layers
+from deltadock.artifacts.names import is_embedding, is_head, is_in_block, predicts_further
 from deltadock.compression.progress import ProgressReporter
 from deltadock.compression.report import UNRELATED
 from deltadock.errors import InvalidCheckpoint, NonFiniteWeights
@@ -42,6 +42,10 @@ COMPARED_ROWS: Final = 256
 KEPT_LAYERS: Final = (
     "The fine-tune lacks the base's layers for predicting further tokens, which transformers does "
     "not load: merged with the delta, the base keeps them."
+)
+DROPPED_LAYERS: Final = (
+    "The fine-tune's layers for predicting further tokens, which transformers does not load, are "
+    "left out: the base lacks them."
 )
 
 INHERITED_TOKENIZER: Final = "The fine-tune has no tokenizer: the base's is used."
@@ -271,14 +275,14 @@ def align(base: CheckpointReader, finetuned: CheckpointReader) -> None:
     """Let both readers name their tensors alike, as the base does.
 
     A head that the base ties to its embedding is a tensor of the base too if the fine-tune has one.
-    Layers past the model's that only the base has are left out.
+    Layers that predict further tokens are left out if only one of the two has them.
 
     Raises:
         InvalidInput: they do not belong together: as `match_tensors` and `check_same_forward`.
     """
     finetuned.entries = match_tensors(base.manifest, finetuned.manifest)
     for name in [name for name in base.entries if name not in finetuned.entries]:
-        if is_past_layers(name, base.manifest.config):
+        if predicts_further(name, base.manifest.config):
             del base.entries[name]
     for name, entry in tied_head(base.manifest).items():
         if name in finetuned.entries:
@@ -308,6 +312,12 @@ def open_pair(
     inherited = [INHERITED_TOKENIZER] if inherits_tokenizer(before.manifest, after.manifest) else []
     if any(entry.name not in before.entries for entry in before.manifest.tensors):
         ignored = [KEPT_LAYERS, *ignored]
+    taken = {entry.name for entry in after.entries.values()}
+    if any(
+        entry.name not in taken and predicts_further(entry.name, after.manifest.config)
+        for entry in after.manifest.tensors
+    ):
+        ignored = [DROPPED_LAYERS, *ignored]
     unused = keep_unused_rows(before, after)
     pair = CheckpointPair(before, after)
     doubt = [] if are_related(pair) else [UNRELATED]

@@ -12,10 +12,15 @@ from deltadock.compression.families import check_family
 from deltadock.compression.options import Goal, MethodInfo, check_kind
 from deltadock.errors import InvalidAdapter
 
+MERGE: Final = (
+    "Merge it into its base with PEFT's merge_and_unload and compress the merged checkpoint."
+)
+"""What to do with an adapter that cannot be imported."""
+
 UNSUPPORTED: Final = (
     "use_dora", "use_qalora", "lora_bias", "layer_replication",
-    "trainable_token_indices", "alora_invocation_tokens", "megatron_config", "arrow_config",
-    "use_bdlora", "velora_config", "monteclora_config", "kasa_config",
+    "alora_invocation_tokens", "megatron_config", "arrow_config", "use_bdlora", "velora_config",
+    "monteclora_config", "kasa_config",
 )  # fmt: skip
 """Features whose result is not the base's weight plus one product."""
 
@@ -36,10 +41,7 @@ def check_adapter(config: Mapping[str, Any]) -> None:
             "merge_and_unload and compress the merged checkpoint."
         )
     if used := [name for name in UNSUPPORTED if config.get(name)]:
-        raise InvalidAdapter(
-            f"The adapter uses {used[0]}, which cannot be imported. Merge it into its base with "
-            "PEFT's merge_and_unload and compress the merged checkpoint."
-        )
+        raise InvalidAdapter(f"The adapter uses {used[0]}, which cannot be imported. {MERGE}")
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(CHANGED_BASES):
         raise InvalidAdapter(

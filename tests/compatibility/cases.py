@@ -34,6 +34,9 @@ PADDED = 260
 """Rows of the embedding; the tokenizer has 256 tokens."""
 EMBEDDING = "model.embed_tokens.weight"
 
+TRAINED = ("lora_", "modules_to_save", "ia3", "trainable_tokens_delta")
+"""Parts of the names of an adapter's parameters."""
+
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
 Tensors = dict[str, Tensor]
@@ -262,7 +265,8 @@ def lora(
         save_tokenizer(home / "base")
         if stored:
             rewrite(home / "base", with_head)
-        if added:
+        if added:  # which PEFT notices by the base's config.json
+            model = AutoModelForCausalLM.from_pretrained(home / "base")
             model.resize_token_embeddings(PADDED + added, mean_resizing=False)
         return save_adapter(home, model, wrap, config, kind, settings)
 
@@ -278,7 +282,7 @@ def save_adapter(
         tuned = get_peft_model(model, kind(task_type="CAUSAL_LM", **settings)).eval()
         with torch.no_grad():
             for name, parameter in tuned.named_parameters():
-                if any(part in name for part in ("lora_", "modules_to_save", "ia3")):
+                if any(part in name for part in TRAINED):
                     parameter.add_(0.1 * torch.randn_like(parameter))
         tuned.save_pretrained(home / "tuned")
     if wrap is not None:
@@ -321,6 +325,12 @@ def with_prediction_layer(tensors: Tensors) -> Tensors:
         "shared_head.head": tensors["lm_head.weight"], "shared_head.norm": torch.ones(32),
     }  # fmt: skip
     return {**tensors, **again, **{f"model.layers.2.{k}.weight": t for k, t in own.items()}}
+
+
+def with_mtp(tensors: Tensors) -> Tensors:
+    """A module that predicts a further token, as Qwen3.5's."""
+    own = {"fc": torch.randn(32, 64), "layers.0.mlp.up_proj": torch.randn(48, 32)}
+    return {**tensors, **{f"mtp.{k}.weight": t for k, t in own.items()}}
 
 
 def gpt2_lora(home: Path) -> Made:
@@ -427,6 +437,34 @@ def only_pickle(made: Made) -> None:
     (made.tuned / WEIGHTS).rename(made.tuned / "pytorch_model.bin")
 
 
+def only(name: str) -> Callable[[Path], Made]:
+    """A pair whose fine-tune has its weights in one file of another format."""
+
+    def write(made: Made) -> None:
+        path = made.tuned / name
+        path.parent.mkdir(exist_ok=True)
+        (made.tuned / WEIGHTS).rename(path)
+
+    return files(write)
+
+
+def mlx_adapter(made: Made) -> None:
+    (made.tuned / WEIGHTS).rename(made.tuned / "adapters.safetensors")
+    (made.tuned / "adapter_config.json").write_text('{"fine_tune_type": "lora"}')
+
+
+def stacked_experts(home: Path) -> Made:
+    model = save_family(FAMILIES["qwen3-moe"], home / "base").float()
+    moved(model).save_pretrained(home / "tuned", save_original_format=False)
+    return Made(home / "base", home / "tuned")
+
+
+def text_model(home: Path) -> Made:
+    save_family(FAMILIES["gemma3-sight"], home / "base")
+    save_family(FAMILIES["gemma3"], home / "tuned")
+    return Made(home / "base", home / "tuned")
+
+
 def both(made: Made) -> None:
     leftover_adapter(made)
     (made.tuned / "adapter_config.json").write_text('{"peft_type": "LORA"}')
@@ -476,6 +514,23 @@ TIED: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("stored head, `modules_to_save` with `ensure_weight_tying`", "still tied",
      {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "stored": True,
       "ensure_weight_tying": True}),
+    ("`trainable_token_indices`", "still tied",
+     {"target_modules": ["q_proj"], "trainable_token_indices": [5, 3, 250]}),
+    ("stored head, `trainable_token_indices`", "still tied",
+     {"target_modules": ["q_proj"], "trainable_token_indices": [5, 3], "stored": True}),
+    ("`trainable_token_indices` of the head", "the embedding stays the base's",
+     {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [5, 3]}}),
+    ("other `trainable_token_indices` of the head", "no longer tied",
+     {"target_modules": ["q_proj"],
+      "trainable_token_indices": {"embed_tokens": [5, 3, 250], "lm_head": [5, 3]}}),
+    ("added tokens, `trainable_token_indices`", "still tied",
+     {"target_modules": ["q_proj"], "added": 3,
+      "trainable_token_indices": {"embed_tokens": [5, 261, 260]}}),
+    ("added tokens, `trainable_token_indices` of the head", "no longer tied",
+     {"target_modules": ["q_proj"], "added": 3,
+      "trainable_token_indices": {"lm_head": [5, 261, 260]}}),
+    ("a smaller vocabulary than the base's", "still tied",
+     {"target_modules": ["q_proj"], "added": -4}),
 )  # fmt: skip
 ROPES: tuple[dict[str, Any], ...] = (
     {"rope_scaling": {"type": "linear", "factor": 4}},
@@ -560,6 +615,10 @@ CASES: tuple[Case, ...] = (
     Case("any", "DeepSeek-V3 or GLM-4.5 with the layers for predicting further tokens",
          prediction_layers(stored=True), "stored exactly; not part of the measured model",
          served=False),
+    Case("transformers, TRL, axolotl", "`mtp` layers (Qwen3.5's) that only the base has",
+         edited(("base", with_mtp)), "merged, the base's are kept, with a note in the report"),
+    Case("any", "`mtp` layers that only the fine-tune has", edited(("tuned", with_mtp)),
+         "left out, with a note in the report"),
     Case("any", "NaN in embedding rows past the tokenizer's size", nan_padding,
          "kept as the base's, with a note in the report"),
     Case("any", "NaN in an input embedding, of base and fine-tune alike",
@@ -580,6 +639,15 @@ CASES: tuple[Case, ...] = (
               modules_to_save=["embed_tokens", "lm_head"])),
     Case("PEFT", "added tokens, LoRA on embedding and head with their saved base layers",
          lora(r=4, added=3, target_modules=["embed_tokens", "lm_head", "q_proj"])),
+    Case("PEFT, TRL", "rows of the embedding (`trainable_token_indices`)",
+         lora(r=4, target_modules=["q_proj"], trainable_token_indices=[3, 250, 5])),
+    Case("PEFT, TRL", "added tokens, `trainable_token_indices`, `modules_to_save` of the head",
+         lora(r=4, added=3, target_modules=["q_proj"], modules_to_save=["lm_head"],
+              trainable_token_indices={"embed_tokens": [5, 260, 261, 262]})),
+    Case("PEFT, TRL", "a smaller vocabulary than the base's, `modules_to_save` of both",
+         lora(r=4, added=-4, target_modules=["q_proj"],
+              modules_to_save=["embed_tokens", "lm_head"]),
+         "the base's rows are kept beyond it"),
     Case("axolotl, TRL", "an adapter's folder with a `config.json`",
          lora(r=4, target_modules=["q_proj"], config=True), "an adapter, over REST too"),
     Case("torch.compile with PEFT", "prefix `_orig_mod.`",
@@ -632,6 +700,28 @@ CASES: tuple[Case, ...] = (
          'load with `from_pretrained(FOLDER, dtype="auto")`, save with '
          "`save_pretrained(NEW_FOLDER)`",
          UnsafeFile, r"save_pretrained\(NEW_FOLDER\)"),
+    Case("llama.cpp", "GGUF", only("model-Q4_K_M.gguf"), "take what it was made from",
+         InvalidCheckpoint, "model-Q4_K_M.gguf.*made from"),
+    Case("FSDP", "sharded weights (`.distcp`)", only("pytorch_model_fsdp_0/__0_0.distcp"),
+         "run `accelerate merge-weights`", InvalidCheckpoint, "accelerate merge-weights"),
+    Case("DeepSpeed", "sharded weights", only("global_step10/mp_rank_00_model_states.pt"),
+         "run `zero_to_fp32.py`", InvalidCheckpoint, "zero_to_fp32.py"),
+    Case("Mistral", "`consolidated.safetensors` only", only("consolidated.safetensors"),
+         "take the files for transformers", InvalidCheckpoint, "as Mistral does"),
+    Case("MLX", "an adapter (`adapters.safetensors`)", files(mlx_adapter), "run `mlx_lm.fuse`",
+         InvalidCheckpoint, "mlx_lm.fuse"),
+    Case("PEFT", "the state_dict of a model with its adapter",
+         edited(("tuned", renamed(lambda name: f"base_model.model.{name}"))),
+         "save what `merge_and_unload` returns, or the adapter alone", ArchitectureMismatch,
+         "merge_and_unload"),
+    Case("TRL", "a head for values or classes",
+         edited(("tuned", lambda tensors: {**tensors, "v_head.summary.weight": torch.ones(1, 32)})),
+         "save the language model alone", ArchitectureMismatch, "language model alone"),
+    Case("transformers", "a mixture whose experts are stacked, and the base's not",
+         stacked_experts, "save one of them as the other, by `save_original_format`",
+         ArchitectureMismatch, "experts.*save_original_format"),
+    Case("transformers", "the text model of a base that sees (Gemma 3, Qwen3.5)", text_model,
+         "register the text model as the base", ArchitectureMismatch, "text model.*as the base"),
     Case("transformers, PEFT", "a whole model and an adapter in one folder", files(both),
          "keep only one of them", InvalidCheckpoint, "Keep only"),
     Case("transformers, TRL, axolotl", "weights only in inner `checkpoint-N/` folders", only_inner,
@@ -642,9 +732,10 @@ CASES: tuple[Case, ...] = (
          InvalidCheckpoint, "is not there"),
     Case("PEFT", "DoRA", lora(r=4, use_dora=True, target_modules=["q_proj"]), MERGE,
          InvalidAdapter, "use_dora.*merge_and_unload"),
-    Case("PEFT", "rows of the embedding (`trainable_token_indices`)",
-         lora(r=4, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 5]}),
-         MERGE, InvalidAdapter, "trainable_token_indices.*merge_and_unload"),
+    Case("PEFT", "`trainable_token_indices` of a tied embedding whose head has factors",
+         lora(r=4, tied=True, target_modules=["lm_head"], trainable_token_indices=[3, 5]),
+         "train one of the two: PEFT itself runs and merges different models", InvalidAdapter,
+         "tied.*factors.*Train one"),
     Case("PEFT", "IA3 and other kinds",
          lora(kind=IA3Config, target_modules=["k_proj", "down_proj"],
               feedforward_modules=["down_proj"]), MERGE,

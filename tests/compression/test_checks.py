@@ -72,7 +72,7 @@ def test_an_adapter_of_any_family_is_imported() -> None:
         ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING"),
         ({"peft_type": "LOHA"}, "LOHA"),
         ({"use_dora": True}, "use_dora"),
-        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+        ({"lora_bias": True}, "lora_bias"),
         ({"init_lora_weights": "pissa"}, "pissa"),
     ],
 )

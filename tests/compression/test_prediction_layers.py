@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from deltadock.artifacts.export import merge
-from deltadock.artifacts.names import is_embedding, is_head, is_past_layers
+from deltadock.artifacts.names import is_embedding, is_head, predicts_further
 from deltadock.client.loading import load_delta
-from deltadock.compression.checkpoints import KEPT_LAYERS
+from deltadock.compression.checkpoints import DROPPED_LAYERS, KEPT_LAYERS
 from deltadock.compression.options import CompressOptions, Source
 from deltadock.compression.pipeline import compress
-from tests.compatibility.cases import rewrite, with_prediction_layer
+from tests.compatibility.cases import edited, rewrite, with_mtp, with_prediction_layer
 from tests.compression.family_cases import CASES, TOKENS, save
 
 
@@ -50,11 +50,23 @@ def test_the_rest_is_calibrated_and_the_layers_are_carried(
         torch.testing.assert_close(bare(TOKENS).logits, whole(TOKENS).logits, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("which", "note"), [("base", KEPT_LAYERS), ("tuned", DROPPED_LAYERS)])
+def test_layers_that_only_one_has_are_noted(which: str, note: str, tmp_path: Path) -> None:
+    made = edited((which, with_mtp))(tmp_path)
+    out, options = tmp_path / "a.delta", CompressOptions("exact")
+    report = compress(made.base, made.tuned, out, options, calibration=None)
+    assert note in report.notes
+    merge(made.base, out, tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert merged.keys() == load_file(made.base / "model.safetensors").keys()
+
+
 def test_their_copies_of_the_embedding_and_head_are_neither() -> None:
     for name, is_one in (("embed_tokens", is_embedding), ("lm_head", is_head)):
         assert is_one(f"model.{name}.weight")
         assert not is_one(f"model.layers.2.{name}.weight")
     for kind in ({"num_hidden_layers": 2}, {"num_hidden_layers": 3}, {}):
         past = kind.get("num_hidden_layers") == 2
-        assert is_past_layers("model.layers.2.eh_proj.weight", kind) == past
-        assert not is_past_layers("model.visual.layers.2.weight", kind)
+        assert predicts_further("model.layers.2.eh_proj.weight", kind) == past
+        assert not predicts_further("model.visual.layers.2.weight", kind)
+        assert predicts_further("mtp.layers.0.mlp.up_proj.weight", kind)

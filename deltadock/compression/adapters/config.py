@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import regex
 
@@ -63,6 +63,8 @@ class LoraConfig:
 
     Attributes:
         target_parameters: ends of the names of parameters that have factors of their own.
+        tokens: rows that are trained on their own (`trainable_token_indices`), by ends of the
+            names of their embeddings and heads.
         base: what the base was loaded from, a folder or a name on the Hub; "": not said.
     """
 
@@ -73,11 +75,16 @@ class LoraConfig:
     ranks: _Patterns
     alphas: _Patterns
     target_parameters: tuple[str, ...]
+    tokens: Mapping[str, tuple[int, ...]]
     base: str
 
     def targets(self, parameter: str) -> bool:
         """Whether a parameter, by its full name, is one of `target_parameters`."""
         return any(f".{parameter}".endswith(f".{end}") for end in self.target_parameters)
+
+    def tokens_of(self, module: str) -> tuple[int, ...]:
+        """The rows of an embedding or head that are trained on their own."""
+        return next((rows for end, rows in self.tokens.items() if module.endswith(end)), ())
 
     def scaling(self, module: str, rank: int) -> float:
         """Scaling of the product `B @ A` of a layer or parameter whose factors have `rank` ranks.
@@ -123,6 +130,7 @@ def read_config(folder: Path) -> LoraConfig:
                 {k: _finite(v) for k, v in (config.get("alpha_pattern") or {}).items()}
             ),
             target_parameters=_names(config.get("target_parameters") or []),
+            tokens=_tokens(config.get("trainable_token_indices") or {}),
             base=str(config.get("base_model_name_or_path") or ""),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -141,6 +149,17 @@ def _names(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
         raise TypeError("not a list of names")
     return tuple(value)
+
+
+def _tokens(value: object) -> dict[str, tuple[int, ...]]:
+    """Token ids by the ends of modules' names; a list is of the one embedding."""
+    found: dict[Any, Any] = value if isinstance(value, dict) else {"": value}
+    for rows in found.values():
+        if not isinstance(rows, list) or len(set(rows)) < len(rows):
+            raise TypeError("not a list of distinct ids")
+        if not all(type(row) is int and row >= 0 for row in rows):
+            raise ValueError("not an id")
+    return {str(end): tuple(rows) for end, rows in found.items()}
 
 
 def _finite(value: str | float) -> float:

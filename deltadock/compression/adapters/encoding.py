@@ -1,14 +1,15 @@
 """Encode what a PEFT LoRA adapter changes, without loss.
 
 The files are those that PEFT's `save_pretrained` writes. Factors keep the adapter's dtype. Tensors
-that the adapter stores whole (`modules_to_save`, biases, a resized vocabulary) replace the base's.
+that the adapter stores whole (`modules_to_save`, biases, a resized vocabulary) replace the base's,
+as do the rows of an embedding that it trains alone (`trainable_token_indices`).
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from deltadock.artifacts.encodings import (
     Encoded,
     decode_dense,
     decode_factors,
+    deflate,
     encode_alias,
     encode_exact,
     encode_low_rank,
@@ -45,17 +47,24 @@ from deltadock.compression.adapters.products import (
     parameters_of,
 )
 from deltadock.compression.checkpoints import CheckpointReader, diverged, to_numpy
+from deltadock.compression.checks import MERGE
 from deltadock.errors import (
     ArchitectureMismatch,
     InvalidAdapter,
     MalformedSafetensors,
     UnsafeFile,
 )
+from deltadock.words import counted
 
 PREFIX: Final = "base_model.model."
 SAVED: Final = ".modules_to_save."
 ORIGINAL: Final = ".original_module."
 """PEFT's names within a module of `modules_to_save`."""
+
+TOKENS: Final = ".token_adapter.trainable_tokens_delta"
+"""End of the names of an embedding's rows that are trained alone."""
+AROUND_TOKENS: Final = ".token_adapter.base_layer."
+"""PEFT's name of the embedding in which they are; saved with it if the vocabulary is resized."""
 
 FACTORS: Final = {
     "lora_A.weight": ("a", False),
@@ -121,7 +130,8 @@ def encode_adapter(base: CheckpointReader, adapter: Path) -> dict[str, Encoded]:
 
 def _encode(config: LoraConfig, base: CheckpointReader, adapter: Path) -> dict[str, Encoded]:
     model_type = base.manifest.config["model_type"]
-    factors, tables = _read_tensors(adapter)
+    tensors = _read_tensors(adapter)
+    factors, tables, tokens = tensors
     modules = [module for module, embedding in factors if not embedding]
     parameters = parameters_of(config, base.entries, model_type, modules)
     encoded: dict[str, Encoded] = {}
@@ -153,6 +163,18 @@ def _encode(config: LoraConfig, base: CheckpointReader, adapter: Path) -> dict[s
         if twice := encoded.keys() & found.keys():
             raise InvalidAdapter(f"The adapter holds {min(twice)!r} twice.")
         encoded |= found
+    tied = is_tied(base.manifest) and _stay_tied(adapter, tensors)
+    for module, rows in tokens.items():
+        name = find_name(f"{module}.weight", base.entries, model_type) or f"{module}.weight"
+        table = tables.pop(f"{module}.weight", None)
+        if tied and is_head(name):  # of a resized vocabulary, saved once more
+            continue
+        if name in encoded or name not in base.entries:
+            raise InvalidAdapter(
+                f"The adapter trains tokens of {module!r}, which the base lacks or for which there "
+                f"are factors too. {MERGE}"
+            )
+        encoded[name] = _with_rows(base, name, table, config.tokens_of(module), rows)
     for key, tensor in tables.items():
         plain = key.replace(f"{BASE_LAYER}.", ".")
         name = find_name(plain, base.entries, model_type) or plain
@@ -160,15 +182,24 @@ def _encode(config: LoraConfig, base: CheckpointReader, adapter: Path) -> dict[s
             raise InvalidAdapter(f"The adapter holds {name!r} twice.")
         if (whole := _whole(base, name, tensor)) is not None:
             encoded[name] = whole
-    return _with_head(base, adapter, encoded, tables, layers)
+    return _with_head(base, encoded, layers, tied=tied)
 
 
-def _read_tensors(
-    adapter: Path,
-) -> tuple[dict[tuple[str, bool], dict[str, Tensor]], dict[str, Tensor]]:
-    """The factors `a` and `b` by module and "is an embedding", and the tensors saved whole."""
+class _Tensors(NamedTuple):
+    """An adapter's tensors."""
+
+    factors: dict[tuple[str, bool], dict[str, Tensor]]
+    """The factors `a` and `b` by module and "is an embedding"."""
+    tables: dict[str, Tensor]
+    """Tensors saved whole, by name."""
+    tokens: dict[str, Tensor]
+    """Rows that are trained alone, by module."""
+
+
+def _read_tensors(adapter: Path) -> _Tensors:
     factors: dict[tuple[str, bool], dict[str, Tensor]] = {}
     tables: dict[str, Tensor] = {}
+    tokens: dict[str, Tensor] = {}
     with safe_open(str(adapter / ADAPTER_WEIGHTS), framework="pt") as weights:
         for key in weights.keys():  # noqa: SIM118 - not a mapping
             tensor = weights.get_tensor(key)
@@ -182,9 +213,11 @@ def _read_tensors(
             module, side, embedding = _as_factor(name)
             if side:
                 factors.setdefault((module, embedding), {})[side] = tensor
+            elif name.endswith(TOKENS):
+                tokens[name.removesuffix(TOKENS)] = tensor
             else:
-                tables[name] = tensor
-    return factors, _without_wrappers(tables)
+                tables[name.replace(AROUND_TOKENS, ".")] = tensor
+    return _Tensors(factors, _without_wrappers(tables), tokens)
 
 
 def _without_wrappers(tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -206,16 +239,15 @@ def _without_wrappers(tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _with_head(
     base: CheckpointReader,
-    adapter: Path,
     encoded: dict[str, Encoded],
-    tables: Mapping[str, Tensor],
     layers: Mapping[str, Tensor],
+    *,
+    tied: bool,
 ) -> dict[str, Encoded]:
     """Add what a changed embedding means for a head that is tied to it, and the reverse.
 
     PEFT changes one of them: the other stays the base's, or the saved layer of `layers` that has
-    added tokens. They stay one tensor with `ensure_weight_tying`, or if both are saved whole and
-    equal.
+    added tokens. With `tied` they stay one tensor.
 
     Raises:
         InvalidAdapter: the adapter adds tokens to one of them only.
@@ -226,9 +258,7 @@ def _with_head(
         return encoded
     if is_tied(base.manifest):
         stored = head not in tied_head(base.manifest)
-        saved = [tensor for name, tensor in tables.items() if is_embedding(name) or is_head(name)]
-        config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        if config.get("ensure_weight_tying") or (len(saved) == 2 and saved[0].equal(saved[1])):
+        if tied:
             encoded.pop(head, None)
             if stored and table in encoded:
                 shape = tuple(encoded[table].record["shape"])
@@ -248,6 +278,30 @@ def _with_head(
             "Save it again with save_embedding_layers=True."
         )
     return encoded
+
+
+def _stay_tied(adapter: Path, tensors: _Tensors) -> bool:
+    """Whether PEFT keeps a tied embedding and head one tensor.
+
+    It does with `ensure_weight_tying`, if both are saved whole and equal, and if tokens of the
+    embedding are trained alone and no others of the head.
+
+    Raises:
+        InvalidAdapter: tokens of the embedding are trained alone, and the head has factors.
+    """
+    tokens = {is_head(f"{module}.weight"): rows for module, rows in tensors.tokens.items()}
+    if False in tokens and any(is_head(f"{module}.weight") for module, _ in tensors.factors):
+        raise InvalidAdapter(
+            "The adapter trains tokens of an embedding alone, and the head that is tied to it has "
+            "factors: PEFT runs and merges that as two different models. Train one of the two."
+        )
+    if tokens:
+        return False in tokens and tokens[False].equal(tokens.get(True, tokens[False]))
+    saved = [
+        tensor for name, tensor in tensors.tables.items() if is_embedding(name) or is_head(name)
+    ]
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    return bool(config.get("ensure_weight_tying")) or (len(saved) == 2 and saved[0].equal(saved[1]))
 
 
 def _keep_other(
@@ -310,6 +364,54 @@ def _on_table(base: CheckpointReader, name: str, table: Tensor, product: Encoded
     return encode_exact(to_numpy(changed, dtype), dtype, tuple(changed.shape))
 
 
+def _with_rows(
+    base: CheckpointReader,
+    name: str,
+    table: Tensor | None,
+    numbers: Sequence[int],
+    rows: Tensor,
+) -> Encoded:
+    """Encode an embedding or head of which some rows are replaced.
+
+    Their differences are a product, with one column of zeros and a one for each row, unless the
+    whole tensor takes less memory.
+
+    Args:
+        base: checkpoint.
+        name: the base's tensor.
+        table: as the adapter saved it; None: the base's.
+        numbers: of the rows.
+        rows: (numbers, columns).
+    """
+    old = base.tensor(name)
+    before = old if table is None else _with_all_rows(base, name, table)
+    count = len(old)
+    if rows.shape != (len(numbers), *old.shape[1:]):
+        raise InvalidAdapter(
+            f"The adapter holds rows of shape {list(rows.shape)} of {name!r}, but {ADAPTER_CONFIG} "
+            f"names {counted(len(numbers), 'token')} of it. Save the adapter again."
+        )
+    if max(numbers, default=0) >= len(before):
+        raise InvalidAdapter(
+            f"The adapter trains the token {max(numbers)} of {name!r}, which has {len(before)} "
+            "rows in the base: the adapter lacks those that were added. Call merge_and_unload on "
+            "the trained model, save it and compress that."
+        )
+    dtype, index = DTYPES[before.dtype], torch.tensor(numbers)
+    after = before.index_copy(0, index, rows.to(before.dtype))
+    inside = index[index < count]
+    u = torch.zeros(count, len(inside)).scatter_(0, inside[None], 1.0)
+    v = after[inside].float() - old[inside].float()
+    same = before.dtype == old.dtype and before[:count].equal(old)
+    if not same or u.nbytes + v.nbytes > old.nbytes:
+        return encode_exact(to_numpy(after, dtype), dtype, tuple(after.shape))
+    product = encode_low_rank(u.numpy(), v.numpy(), 1.0, dtype, {}, "F32")
+    if len(after) == count:
+        return deflate(product)
+    added = to_numpy(after[count:], dtype)
+    return deflate(encode_new_rows(product if len(inside) else None, added, count, dtype))
+
+
 def _as_factor(name: str) -> tuple[str, str, bool]:
     """Split a name into module, side ("a", "b", or "" for a whole tensor) and "is an embedding".
 
@@ -321,14 +423,27 @@ def _as_factor(name: str) -> tuple[str, str, bool]:
             return name.removesuffix(f".{ending}"), side, embedding
     if ".lora_" in name:
         raise InvalidAdapter(
-            f"Tensor {name!r} belongs to a feature that cannot be imported (DoRA, say). Merge the "
-            "adapter into its base with PEFT's merge_and_unload and compress the checkpoint."
+            f"Tensor {name!r} belongs to a feature that cannot be imported (DoRA, say). {MERGE}"
         )
     return name, "", False
 
 
+def _with_all_rows(base: CheckpointReader, name: str, table: Tensor) -> Tensor:
+    """An embedding or head with the base's rows beyond its own.
+
+    A vocabulary resized to the tokenizer's size may be smaller than that of the base, whose further
+    rows no token has.
+    """
+    shape = base.shapes.get(name, ())
+    shorter = (is_embedding(name) or is_head(name)) and table.shape[1:] == shape[1:]
+    if not shorter or len(table) >= shape[0]:
+        return table
+    return torch.cat([table, base.tensor(name)[len(table) :].to(table.dtype)])
+
+
 def _whole(base: CheckpointReader, name: str, tensor: Tensor) -> Encoded | None:
     """Encode a tensor that replaces the base's; None if it equals the base's."""
+    tensor = _with_all_rows(base, name, tensor)
     dtype, shape = DTYPES[tensor.dtype], tuple(tensor.shape)
     entry = base.entries.get(name)
     if entry is not None and shape[1:] == entry.shape[1:] and shape[:1] > entry.shape[:1]:

@@ -209,10 +209,15 @@ class _Export:
                 if f"{module}.{end}" not in tensors:
                     stored = find_name(f"{module}.{end}", self._entries, self._kind)
                     tensors[f"{module}.{end}"] = self._merged(stored or f"{module}.{end}")
-        table, head = (next(filter(is_one, self._names)) for is_one in (is_embedding, is_head))
+        table, head = self._embedding_and_head()
         if self._tied and table in self._whole:  # PEFT reads both
             tensors[head] = self._whole[table]
         return tensors
+
+    def _embedding_and_head(self) -> tuple[str, str]:
+        """Their names in the model."""
+        table, head = (next(filter(is_one, self._names)) for is_one in (is_embedding, is_head))
+        return table, head
 
     def _saved(self) -> list[str]:
         """The modules that the adapter holds whole."""
@@ -223,6 +228,9 @@ class _Export:
     def _config(self) -> dict[str, Any]:
         scales = {module: (one.rank, one.scaling) for module, one in self._layers.items()}
         scales |= {name: (each[0].rank, each[0].scaling) for name, each in self._parameters.items()}
+        if self._tied:  # PEFT scales the head's product by the head's patterns
+            table, head = (name.removesuffix(".weight") for name in self._embedding_and_head())
+            scales |= {head: scales[table]} if table in scales else {}
         ((rank, scaling), _), *_ = Counter(scales.values()).most_common()
         saved = self._saved()
         others = {name for name in self._whole if name.removesuffix(".weight") not in saved}

@@ -20,6 +20,7 @@ from deltadock.artifacts.encodings import (
 from deltadock.artifacts.names import find_name, is_head
 from deltadock.compression.adapters.config import LoraConfig
 from deltadock.compression.checkpoints import to_numpy
+from deltadock.compression.checks import MERGE
 from deltadock.compression.families import CALIBRATED, Family
 from deltadock.errors import ArchitectureMismatch, InvalidAdapter
 from deltadock.words import counted
@@ -170,8 +171,7 @@ def parameters_of(
             raise InvalidAdapter(
                 f"The adapter has {counted(len(names), 'pair')} of factors for {module!r}, which "
                 f"are not told apart by the target_parameters of {ADAPTER_CONFIG}: "
-                f"{', '.join(held) or 'none'}. Merge it into its base with PEFT's "
-                "merge_and_unload and compress the merged checkpoint."
+                f"{', '.join(held) or 'none'}. {MERGE}"
             )
         ordered = sorted(held, key=ORDER.index) if len(held) > 1 else held
         for name, end in zip(sorted(names, key=len, reverse=True), ordered, strict=True):
