@@ -12,6 +12,7 @@ from deltadock.artifacts.folder import scan_folder
 from deltadock.errors import Conflict, ModelNotFound, NotFound, NotReady, Unavailable
 from deltadock.inference.admission import Admission
 from deltadock.inference.base import ServedBase
+from deltadock.inference.deltas.slots import MAX_WAIT_SECONDS, SlotsClosed
 from deltadock.inference.deltas.store import HeldDelta
 from deltadock.inference.deltas.tiers import DiskTier
 from deltadock.inference.engine.sampling import SamplingParams
@@ -253,15 +254,11 @@ class InferenceNode:
 
     async def _start(self, target: ModelTarget, request: GenerationRequest) -> Generation:
         started_at = time.monotonic()
-        base = await self._enter(target)
+        base, slot, tokenizer = await self._acquire(target)
         with ExitStack() as on_error:
             on_error.callback(base.leave)
-            slot, tokenizer = 0, base.tokenizer
             if target.artifact_digest is not None:
-                whose = (target.artifact_digest, target.tenant)
-                slot, delta = await base.deltas.acquire(*whose)
-                on_error.callback(base.deltas.release, *whose)
-                tokenizer = delta.tokenizer
+                on_error.callback(base.deltas.release, target.artifact_digest, target.tenant)
             context, vocabulary = base.engine.context_tokens, base.model.vocabulary(slot)
             encode_all = partial(
                 encode,
@@ -288,6 +285,25 @@ class InferenceNode:
             on_error.pop_all()
         self.metrics.requests.labels("ok").inc()
         return generation
+
+    async def _acquire(self, target: ModelTarget) -> tuple[ServedBase, int, Tokenizer]:
+        """The target's base, entered, and its delta's slot, acquired; with the tokenizer."""
+        asked_at = time.monotonic()
+        while True:
+            base = await self._enter(target)
+            try:
+                if target.artifact_digest is None:
+                    return base, 0, base.tokenizer
+                slot, delta = await base.deltas.acquire(target.artifact_digest, target.tenant)
+            except SlotsClosed:  # it waits for the base again
+                base.leave()
+                if time.monotonic() - asked_at > MAX_WAIT_SECONDS:
+                    raise
+            except BaseException:
+                base.leave()
+                raise
+            else:
+                return base, slot, delta.tokenizer
 
     async def _compile_grammar(
         self,

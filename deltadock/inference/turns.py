@@ -45,9 +45,10 @@ class BaseTurns:
     """The base that a node has, and the changes to others. Belongs to one event loop.
 
     One change is made at a time, in order of arrival. A base that others wait for takes requests
-    until its turn ends and the next one is on disk; later requests queue. Once the running ones are
-    done, the next base replaces it, and all requests that wait for that one start. If they take too
-    long, the base takes requests again, for as long as it took none.
+    until its turn ends and the next one is on disk; later requests queue, and so do those that wait
+    for slots of deltas. Once the running ones are done, the next base replaces it, and all requests
+    that wait for that one start. If they take too long, the base takes requests again, for as long
+    as it took none.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class BaseTurns:
             await asyncio.sleep(self._turn_ends - time.monotonic())
             closed_at = time.monotonic()
             self._open.clear()
+            base.deltas.slots.close()  # a queue for slots could be longer than the wait
             try:
                 async with asyncio.timeout(MAX_CLOSED_SECONDS):
                     while base.users:
@@ -164,6 +166,7 @@ class BaseTurns:
                 # If it stays, it has another turn, as long as it took no requests.
                 now = time.monotonic()
                 self._turn_ends = now + (now - closed_at)
+                base.deltas.slots.open()
                 self._open.set()
         return None
 

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -21,6 +22,7 @@ class EmptyBase(ServedBase):
         self.digest = digest
         self.users = 0
         self.idle = asyncio.Event()
+        self.deltas = Mock()
         self.closed = False
 
     def close(self) -> None:

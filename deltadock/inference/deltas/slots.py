@@ -17,6 +17,13 @@ MAX_WAIT_SECONDS: Final = 60.0
 """How long a request waits for a slot."""
 
 
+class SlotsClosed(Unavailable):
+    """A request waits for a slot, and its base for the running ones to end: another is wanted."""
+
+    def __init__(self) -> None:
+        super().__init__("The node changes its base. Send the request again.")
+
+
 @dataclass(eq=False, slots=True)
 class Resident(Generic[Delta]):
     """A delta in a slot, or being loaded into one or removed; both hold a reference."""
@@ -64,6 +71,7 @@ class SlotManager(LruTier[Resident[Delta]]):
         self._clear = clear
         self._free = list(range(limit, 0, -1))
         self._waiting: FairQueue[_Waiter[Delta]] = FairQueue()
+        self._is_closed = False
 
     @property
     def residents(self) -> Mapping[str, Resident[Delta]]:
@@ -85,11 +93,14 @@ class SlotManager(LruTier[Resident[Delta]]):
 
         Raises:
             Unavailable: all slots were in use for too long.
+            SlotsClosed: it would wait while the slots are closed.
         """
         waiter = _Waiter[Delta](digest, asyncio.get_running_loop().create_future())
         self._waiting.put(tenant, waiter)
         self._give()
         try:
+            if not waiter.given.done() and self._is_closed:
+                raise SlotsClosed
             if not waiter.given.done():
                 await asyncio.wait({waiter.given}, timeout=MAX_WAIT_SECONDS)
             if not waiter.given.done():
@@ -101,12 +112,22 @@ class SlotManager(LruTier[Resident[Delta]]):
             resident = waiter.given.result()
             return resident.slot, await asyncio.shield(resident.loading)
         except BaseException:
-            if waiter.given.done():
-                self.release(digest, tenant)
-            else:
+            if not waiter.given.done():
                 self._waiting.remove(tenant, waiter)
                 self._give()  # to those that waited for it
+            elif waiter.given.exception() is None:
+                self.release(digest, tenant)
             raise
+
+    def close(self) -> None:
+        """Send those that wait away, and who would have to wait, until `open`."""
+        self._is_closed = True
+        while (taken := self._waiting.take(lambda *_: True)) is not None:
+            taken[1].given.set_exception(SlotsClosed())
+
+    def open(self) -> None:
+        """Let requests wait again."""
+        self._is_closed = False
 
     def _give(self) -> None:
         """Give waiting requests their deltas, until none can have its."""

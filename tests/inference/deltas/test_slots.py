@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deltadock.errors import Conflict, Unavailable
-from deltadock.inference.deltas.slots import SlotManager
+from deltadock.inference.deltas.slots import SlotManager, SlotsClosed
 
 Fill = Callable[[int, str], Awaitable[Any]]
 
@@ -198,6 +198,26 @@ def test_more_tenants_than_slots_take_turns_with_all_that_waits_for_a_delta() ->
         assert have_theirs(asked)[2], "before the one that came later"
         await answers.end("c1")
         assert all(have_theirs(late))
+
+    asyncio.run(scenario())
+
+
+def test_who_would_wait_while_slots_are_closed_is_sent_away() -> None:
+    async def scenario() -> None:
+        answers = Answers(1)
+        await answers.ask("a1")
+        [waiting] = await answers.ask("b1")
+        answers.manager.close()
+        [there, later] = await answers.ask("a1", "c1")
+        assert await there
+        for request in (waiting, later):
+            with pytest.raises(SlotsClosed, match="again"):
+                await request
+        answers.manager.open()
+        [waiting] = await answers.ask("b1")
+        for _ in range(2):
+            await answers.end("a1")
+        assert await waiting
 
     asyncio.run(scenario())
 

@@ -374,6 +374,34 @@ def test_a_tenant_whose_answers_overlap_leaves_the_slot_to_another(
     assert ended == ["warm", "first", "other", "next"]
 
 
+def test_who_waits_for_a_slot_does_not_keep_the_base(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deltadock.inference.turns.MIN_TURN_SECONDS", 0.0)
+    ended: list[str] = []
+    with start(site, tmp_path, node_max_deltas=1) as node, ThreadPoolExecutor() as threads:
+
+        def ask(name: str, base: str, artifact: str | None = None) -> None:
+            with node.client(base, artifact) as client:
+                client.completions.create(**ASK)
+            ended.append(name)
+
+        own, other = site.artifacts
+        ask("warm", site.base, own)
+        go_on = hold(node)
+        slots = node.node.base.deltas.slots
+        asked = [threads.submit(ask, "first", site.base, own)]
+        wait_until(lambda: slots.residents[own].users == 1)
+        asked.append(threads.submit(ask, "second", site.base, other))
+        wait_until(lambda: slots._waiting)
+        asked.append(threads.submit(ask, "another base", site.other_base))
+        wait_until(lambda: not slots._waiting)
+        go_on.set()
+        for answer in asked:
+            answer.result()
+    assert ended == ["warm", "first", "another base", "second"]
+
+
 def test_a_change_whose_clients_have_gone_is_not_made(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
