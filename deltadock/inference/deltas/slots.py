@@ -1,6 +1,7 @@
 """The device tier: deltas in slots, with reference counts, pins and LRU eviction."""
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -131,16 +132,17 @@ class SlotManager(LruTier[Resident[Delta]]):
 
     def _give(self) -> None:
         """Give waiting requests their deltas, until none can have its."""
-        yielding = self._yielding()
+        held, share = self._shares()
         given: set[tuple[str | None, str]] = set()
 
         def can_have(tenant: str | None, waiter: _Waiter[Delta]) -> bool:
-            if (tenant, waiter.digest) in given:
-                return True
             resident = self._entries.get(waiter.digest)
-            is_there = self._has_room() if resident is None else not resident.leaving
-            is_pinned = resident is not None and resident.pinned
-            return is_there and (is_pinned or tenant not in yielding)
+            if not (self._has_room() if resident is None else not resident.leaving):
+                return False
+            if (tenant, waiter.digest) in given or (resident is not None and resident.pinned):
+                return True
+            takes_slot = resident is None or tenant not in resident.tenants
+            return held[tenant] + takes_slot <= max(share, takes_slot)
 
         while (taken := self._waiting.take(can_have)) is not None:
             tenant, waiter = taken
@@ -148,22 +150,23 @@ class SlotManager(LruTier[Resident[Delta]]):
             resident.tenants[tenant] += 1
             waiter.given.set_result(resident)
             given.add((tenant, waiter.digest))
-            yielding = self._yielding()
+            held, share = self._shares()
 
-    def _yielding(self) -> set[str | None]:
-        """Tenants with more than their share of the slots, while one with less waits for one.
+    def _shares(self) -> tuple[Counter[str | None], float]:
+        """The slots in use by tenant, and how many one may have.
 
-        With more tenants than slots, each that has one yields to those that have none.
+        That is any number, unless a tenant with less than its share of them waits for one. With
+        more tenants than slots the share is none: who has one leaves it to those that do not.
         """
+        unpinned = [one for one in self._entries.values() if not one.pinned]
+        held = Counter(tenant for one in unpinned for tenant in one.tenants)
         waiting = {tenant for tenant, one in self._waiting if one.digest not in self._entries}
-        if not waiting:
-            return set()
-        others = [one for one in self._entries.values() if not one.pinned]
-        held = Counter(tenant for one in others for tenant in one.tenants)
-        share = (self._limit - len(self._entries) + len(others)) // len(waiting | held.keys())
-        if all(held[tenant] >= max(share, 1) for tenant in waiting):
-            return set()
-        return {tenant for tenant, slots in held.items() if slots > share}
+        if waiting:
+            slots = self._limit - len(self._entries) + len(unpinned)
+            share = slots // len(waiting | held.keys())
+            if any(held[tenant] < max(share, 1) for tenant in waiting):
+                return held, share
+        return held, math.inf
 
     def release(self, digest: str, tenant: str | None = None) -> None:
         """Undo one `acquire`; the delta stays until its slot is needed."""

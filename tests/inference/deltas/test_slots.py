@@ -143,8 +143,10 @@ def test_a_tenant_with_many_slots_leaves_one_to_another() -> None:
         assert have_theirs(asked) == [True, False, False, False]
         await answers.end("a4")
         assert all(have_theirs(asked)), "each has its share"
-        waiting = await answers.ask("b3", "a1", "b1")
-        assert have_theirs(waiting) == [False, True, True]
+        waiting = await answers.ask("b3", "a1", "a3", "b1")
+        assert have_theirs(waiting) == [False, True, False, True]
+        await answers.end("b2")
+        assert have_theirs(waiting) == [True, True, False, True], "a has its share already"
 
     asyncio.run(scenario())
 
