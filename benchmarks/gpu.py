@@ -69,8 +69,8 @@ PARTS: Final = {
     ),
     "sweep": Part(
         "the variants of the kernels",
-        ("benchmarks.kernel", "--sweep", "70"),
-        80,
+        ("benchmarks.kernel", "--sweep", "50"),
+        60,
         ("benchmarks.kernel", "--sweep", "80", "--device", "cpu"),
     ),
     "decoder": Part(
@@ -78,6 +78,12 @@ PARTS: Final = {
         ("benchmarks.decoder",),
         30,
         ("benchmarks.decoder", "--device", "cpu"),
+    ),
+    "linear": Part(
+        "the base's products of few rows: cuBLAS, and the kernel that overlaps, in its forms",
+        ("benchmarks.linear",),
+        30,
+        ("benchmarks.linear", "--device", "cpu"),
     ),
     "sampler": Part(
         "sampling in batch against row by row",
@@ -88,7 +94,7 @@ PARTS: Final = {
     "node": Part(
         "decode steps of a 7B model with 0 to 64 deltas, cold swaps, Zipf traffic",
         ("benchmarks.node", "7b"),
-        110,
+        100,
         ("benchmarks.node", "7b", "--device", "cpu", "--tiny"),
     ),
     "adamix": Part(

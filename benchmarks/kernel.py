@@ -54,10 +54,11 @@ from deltadock.kernels.svd_delta.products import add_products
 from deltadock.kernels.svd_delta.triton.forms import DEFAULT, ExpandForm, Form, Variant, variant_of
 from tests.kernels.decode_attention.cases import CASES as ATTENTION_CASES
 from tests.kernels.decoder.cases import CASES as DECODER_CASES
+from tests.kernels.linear.cases import CASES as LINEAR_CASES
 from tests.kernels.svd_delta.cases import CASES as DELTA_CASES
 from tests.kernels.svd_delta.cases import GRAPH_CASES
 
-CASES: Final = DELTA_CASES | ATTENTION_CASES | DECODER_CASES
+CASES: Final = DELTA_CASES | ATTENTION_CASES | DECODER_CASES | LINEAR_CASES
 
 WIDTHS = ((0.02, 8, 8), (0.28, 3, 3), (0.70, 2, 2))
 """(fraction of the ranks, bits of V, bits of U), as mixed methods allocate one bit per weight."""

@@ -6,8 +6,10 @@ It needs no GPU. Products of the base read their weights at 85 % of copy bandwid
 launches and those between the products take what `benchmarks.kernel_model` makes of their machine
 code, from `QUICK` to `SLOW`; a kernel of cuBLAS does not let the next one start early. Printed is
 what a step takes with the launches between the products one after another, as they were, and
-overlapping; and whether it would pay to put a layer's `prepare` and `shrink` on a second stream,
-beside the base's product of the same inputs:
+overlapping; then with products of the base by `kernels/linear`, which let the next launch start
+early, if they read as fast as cuBLAS's, and what they bring to L2 ahead during the launch before;
+and whether it would pay to put a layer's `prepare` and `shrink` on a second stream, beside the
+base's product of the same inputs:
 
     Both read memory at 85 % of copy bandwidth together. `expand` follows two kernels, one of
     cuBLAS, so that what it does before its wait is no longer hidden. cuBLAS's kernels for few rows
@@ -28,6 +30,7 @@ from benchmarks.kernel import LAYER, Projection, groups_of
 from benchmarks.kernel_model import (
     COPY_BANDWIDTH,
     LAUNCH,
+    MULTIPROCESSORS,
     QUICK,
     SLOW,
     Bound,
@@ -38,8 +41,11 @@ from benchmarks.kernel_model import (
     launches_of,
     packed_bytes,
 )
+from benchmarks.linear import FORMS
+from benchmarks.linear import compile_for as compile_linear
 from benchmarks.machine_code import SHARED_BYTES, MachineCode
 from deltadock.kernels.decoder.triton import GATED_COLUMNS
+from deltadock.kernels.linear.triton import CHUNK, LEAST_ROWS, LINE, Form
 from deltadock.kernels.svd_delta.triton.forms import DEFAULT
 
 LAYERS: Final = 28
@@ -50,6 +56,13 @@ SPLITS: Final = 4
 """Programs that share a row of some 200 tokens, for each key head."""
 STEPS: Final = ((1, 0), (12, 0), (1, 1), (8, 8), (12, 12), (16, 16))
 """(rows, deltas)"""
+
+
+BEFORE: Final = {
+    "q, k, v": "norm of the next layer", "o": "combine", "gate, up": "norm of the MLP",
+    "down": "gate",
+}  # fmt: skip
+"""The launch before each product."""
 
 
 class Between(NamedTuple):
@@ -102,20 +115,33 @@ def between() -> dict[str, Between]:
     }
 
 
-def between_microseconds(rows: int, deltas: int, bound: Bound, *, overlap: bool) -> float:
-    """All launches of a layer between its products."""
-    total = 0.0
-    for each in between().values():
-        overlaps = overlap and (deltas > 0 or not each.after_product)
+def between_microseconds(
+    rows: int, deltas: int, bound: Bound, *, overlap: bool, after_products: bool = False
+) -> dict[str, float]:
+    """The launches of a layer between its products.
+
+    Where launches overlap those that follow a product of the base do so `after_products` only.
+    """
+    times = {}
+    for name, each in between().items():
+        overlaps = overlap and (deltas > 0 or after_products or not each.after_product)
         code = each.code if overlaps else replace(each.code, loads=each.loads_at_once)
         programs = each.programs * rows
-        total += launch_microseconds([[[[]]]] * programs, code, bound, overlaps=overlaps)
-    return total
+        times[name] = launch_microseconds([[[[]]]] * programs, code, bound, overlaps=overlaps)
+    return times
 
 
 def product_microseconds(projection: Projection) -> float:
     """The base's product of few rows."""
     return 2 * projection.h_in * sum(projection.h_outs) / COPY_BANDWIDTH / READING
+
+
+def read_ahead_microseconds(projection: Projection, form: Form) -> float:
+    """Of that, what our kernel's first programs ask for before their wait."""
+    code = compile_linear(90, form, LEAST_ROWS)
+    columns = min(sum(projection.h_outs), MULTIPROCESSORS * code.programs_per_sm * form.columns)
+    numbers = form.warps * form.chunks * CHUNK + form.lines * LINE
+    return 2 * columns * min(projection.h_in, numbers) / COPY_BANDWIDTH / READING
 
 
 def v_bytes(projection: Projection) -> float:
@@ -140,16 +166,34 @@ class Layer(NamedTuple):
         return sum(self)
 
 
-def layer(rows: int, deltas: int, compiled: Codes, bound: Bound, *, overlap: bool = True) -> Layer:
-    """A layer of a step on one stream."""
+def layer(
+    rows: int,
+    deltas: int,
+    compiled: Codes,
+    bound: Bound,
+    *,
+    overlap: bool = True,
+    after_products: bool = False,
+) -> Layer:
+    """A layer of a step on one stream.
+
+    With `after_products` the base's products overlap with the launches before and after them.
+    """
     chunks = deltas * -(-rows // max(deltas, 1) // compiled.chunk_rows)
     added = sum(
-        sum(launches_of(each, rows, chunks, compiled, bound, (False, True, True)))
+        sum(launches_of(each, rows, chunks, compiled, bound, (after_products, True, True)))
         for each in LAYER
         if deltas
     )
-    small = between_microseconds(rows, deltas, bound, overlap=overlap)
-    return Layer(sum(map(product_microseconds, LAYER)), added, small)
+    small = between_microseconds(
+        rows, deltas, bound, overlap=overlap, after_products=after_products
+    )
+    products = sum(map(product_microseconds, LAYER))
+    if after_products:
+        products -= sum(
+            min(small[BEFORE[each.name]], read_ahead_microseconds(each, FORMS[0])) for each in LAYER
+        )
+    return Layer(products, added, sum(small.values()))
 
 
 def saved_by_a_second_stream(
@@ -200,19 +244,30 @@ def roofline_milliseconds(deltas: int) -> float:
 def main() -> None:
     """Print the steps."""
     compiled = codes(DEFAULT, 90)
-    print("A layer, us; a step, ms; of the roofline; of a step saved by a second stream, if")
-    print("an SM has room for 0, 1 or all programs of shrink beside a base's product\n")
-    print("rows deltas     products deltas  between        step      roofline    0       1     all")
+    print(
+        "A layer, us; a step, ms; of the roofline; both with products that overlap; of a step saved"
+    )
+    print(
+        "by a second stream, if an SM has room for 0, 1 or all programs of shrink beside a base's"
+    )
+    print("product\n")
+    print(
+        "rows deltas     products deltas  between        step      roofline  overlapping     0"
+        "       1     all"
+    )
     for rows, deltas in STEPS:
         for name, bound in (("quick", QUICK), ("slow", SLOW)):
             before = layer(rows, deltas, compiled, bound, overlap=False)
             now = layer(rows, deltas, compiled, bound)
             step = step_milliseconds(now.total)
+            ours = layer(rows, deltas, compiled, bound, after_products=True)
+            overlapping = step_milliseconds(ours.total)
+            roofline = roofline_milliseconds(deltas)
             line = (
                 f"{rows:4d} {deltas:6d} {name:6} {now.products:6.0f} {now.deltas:7.0f}"
                 f" {before.between:6.1f} -> {now.between:4.1f}"
                 f" {step_milliseconds(before.total):6.2f} -> {step:5.2f}"
-                f" {roofline_milliseconds(deltas) / step:8.0%}"
+                f" {roofline / step:8.0%} {overlapping:7.2f} {roofline / overlapping:4.0%}"
             )
             if deltas:
                 for room in (0, 1, None):

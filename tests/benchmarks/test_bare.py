@@ -68,6 +68,7 @@ PRINTED = {
     "kernel": ["of the base's products", "All results are correct"],
     "sweep": ["variant, us a layer", "8x80x64"],
     "decoder": ["gated activation, 2 rows", "2 rows, "],
+    "linear": ["a layer, 1 rows: cuBLAS", "down, 1 rows"],
     "sampler": ["x"],
     "node": [
         "relative error of the logits",

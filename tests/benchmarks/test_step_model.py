@@ -32,6 +32,20 @@ def test_overlapping_launches_between_the_products_pay() -> None:
     assert step_milliseconds(now.total) < 0.96 * step_milliseconds(before.total)
 
 
+@pytest.mark.parametrize(("deltas", "fraction"), [(0, 0.78), (12, 0.7)])
+def test_products_that_overlap_would_pay(deltas: int, fraction: float) -> None:
+    """If they read as fast as cuBLAS's: see ADR 48."""
+    compiled = codes(DEFAULT, 90)
+    for bound in (QUICK, SLOW):
+        now, ours = (
+            layer(12, deltas, compiled, bound, after_products=after_products)
+            for after_products in (False, True)
+        )
+        assert step_milliseconds(ours.total) < 0.96 * step_milliseconds(now.total)
+    quick = layer(12, deltas, compiled, QUICK, after_products=True)
+    assert roofline_milliseconds(deltas) / step_milliseconds(quick.total) > fraction
+
+
 @pytest.mark.parametrize("deltas", [8, 12])
 def test_a_second_stream_does_not_pay(deltas: int) -> None:
     """Unless an SM has room for all, and the kernels are slow: see ADR 41."""

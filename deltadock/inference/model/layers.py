@@ -20,6 +20,7 @@ from deltadock.inference.model.weight_deltas import (
 )
 from deltadock.kernels import dispatch
 from deltadock.kernels.decoder import RowNorm, add_rms_norm, rms_norm
+from deltadock.kernels.linear import linear
 from deltadock.kernels.svd_delta import (
     DeltaTable,
     PackedDelta,
@@ -75,7 +76,7 @@ class FusedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """(1, rows, h_in) to (1, rows, h_out)."""
         if not self.reordered:
-            return F.linear(x, self._weight, self.bias)
+            return linear(x[0], self._weight, self.bias)[None]
         product: Tensor = torch.ops.mkldnn._linear_pointwise(
             x, self._weight, self.bias, "none", [], ""
         )
@@ -340,8 +341,8 @@ def replace_modules(
         tied = "lm_head" in linears and is_tied(model)
         fused = DeltaLinears(linears, routing, tied=tied)
         owner = model.get_submodule(parent)
-        for name, linear in linears.items():
-            register(f"{parent}.{name}".lstrip("."), linear, fused, f"{name}.")
+        for name, layer in linears.items():
+            register(f"{parent}.{name}".lstrip("."), layer, fused, f"{name}.")
             delattr(owner, name)
         owner.add_module(replacement, fused)
 
