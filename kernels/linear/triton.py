@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deltadock.kernels.interpreter import dot, round_to
+from deltadock.kernels.operands import PAIRED
 from deltadock.kernels.overlap import launch_options, prefetch, start_next, wait_for_previous
 
 MOST_ROWS: Final = 16
@@ -63,6 +64,7 @@ that are not listed use cuBLAS."""
 _RUN = tl.constexpr(RUN)
 _CHUNK = tl.constexpr(CHUNK)
 _LINE = tl.constexpr(LINE)
+_PAIRED = tl.constexpr(PAIRED)
 
 
 @cache
@@ -114,13 +116,14 @@ def _load_runs(vectors, index, length, CONSTANT: tl.constexpr, EMULATE: tl.const
 def _numbers(runs, DT: tl.constexpr):
     """Runs (warps, vectors, chunks, 4) as an operand (warps, vectors, numbers).
 
-    Of eight numbers a thread of the operand has two neighbours. These are those of one word of its
-    run, which has four words of as many eights.
+    A thread of the operand has the same part of each eight numbers, or of each 16 if they are
+    paired. Here these are the words of its run in turn.
     """
-    words = tl.join(tl.join(runs[0], runs[2]), tl.join(runs[1], runs[3]))
+    words = tl.join(tl.join(runs[0], runs[1]), tl.join(runs[2], runs[3]))
     low = (words & 0xFFFF).to(tl.int16).to(DT, bitcast=True)
     high = ((words >> 16) & 0xFFFF).to(tl.int16).to(DT, bitcast=True)
-    numbers = tl.permute(tl.join(low, high), (0, 1, 2, 5, 4, 3, 6))
+    numbers = tl.join(low, high)
+    numbers = tl.permute(numbers, (0, 1, 2, 5, 3, 4, 6) if _PAIRED else (0, 1, 2, 5, 4, 3, 6))
     return tl.reshape(numbers, (runs[0].shape[0], runs[0].shape[1], runs[0].shape[2] * _CHUNK))
 
 

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from deltadock.kernels.operands import PAIRED
 from deltadock.kernels.overlap import prefetch, start_next, wait_for_previous
 from deltadock.kernels.svd_delta.chunks import BLOCK_INPUTS, CHUNK_ROWS
 from deltadock.kernels.svd_delta.layout import DESCRIPTOR_FIELDS, TILE_FIELDS, TILE_RANKS
@@ -15,7 +16,6 @@ from deltadock.kernels.svd_delta.triton.fixed_point import (
 )
 from deltadock.kernels.svd_delta.triton.forms import SUM_PARTS, UNSPECIALIZED
 from deltadock.kernels.svd_delta.triton.words import (
-    PAIRED,
     ceil_div,
     load_bits,
     load_inputs,

@@ -4,14 +4,11 @@ Triton would load 16 bytes a thread and move them between threads through shared
 barriers. An instruction that it does not know gets the layout of its result's use.
 """
 
-from typing import Final
-
 import triton
 import triton.language as tl
 
-PAIRED: Final = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
-"""Whether a thread's words of a product's operand lie side by side in pairs. Triton before 3.8
-counts bytes that come from `tl.join` as half as wide."""
+from deltadock.kernels.operands import PAIRED
+
 _PAIRED = tl.constexpr(PAIRED)
 
 

@@ -35,6 +35,7 @@ from benchmarks.machine_code import (
     loads_to_the_stack,
     loops_of,
 )
+from deltadock.kernels.operands import PAIRED
 from deltadock.kernels.svd_delta import products
 from deltadock.kernels.svd_delta import triton as kernel
 from deltadock.kernels.svd_delta.layout import TILE_RANKS
@@ -47,7 +48,6 @@ from deltadock.kernels.svd_delta.triton.forms import (
     parts_of_prepare,
     places_of,
 )
-from deltadock.kernels.svd_delta.triton.words import PAIRED
 from tests.kernels.waits import check_accesses_after_the_wait
 
 pytestmark = pytest.mark.skipif(
