@@ -4,15 +4,19 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
+from typing import TypeVar
 
 from deltadock.inference.base import ServedBase
 from deltadock.inference.engine.sampling import SamplingParams, make_draws
 from deltadock.inference.engine.sequence import Event, Sequence
 from deltadock.inference.metrics import Metrics
 from deltadock.inference.prompts.matching import TokenGrammar
+from deltadock.inference.prompts.request_threads import RequestThreads
 from deltadock.inference.prompts.tokenizer import TextStream, Tokenizer
 from deltadock.model_target import ModelTarget
 from deltadock.openai.fields import Usage
+
+Result = TypeVar("Result")
 
 
 class Generation:
@@ -24,6 +28,7 @@ class Generation:
         target: ModelTarget,
         tokenizer: Tokenizer,
         metrics: Metrics,
+        threads: RequestThreads,
         *,
         on_finish: Callable[[], None],
         started_at: float,
@@ -35,6 +40,7 @@ class Generation:
             target: the weights; a delta's slot is acquired for this request.
             tokenizer: of these weights.
             metrics: receives counts and latencies.
+            threads: for work on the answer that would hold up others.
             on_finish: called as each sequence ends.
             started_at: when the request arrived, in monotonic seconds.
         """
@@ -42,6 +48,7 @@ class Generation:
         self.prompts: list[list[int]] = []
         self.prompt_tokens = 0
         self._base, self._target, self._metrics = base, target, metrics
+        self._threads = threads
         self._on_finish = on_finish
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -95,6 +102,10 @@ class Generation:
     def usage(self) -> Usage:
         """The tokens so far."""
         return Usage.of(self.prompt_tokens, self._generated_tokens)
+
+    async def in_thread(self, work: Callable[[], Result]) -> Result:
+        """The result of `work`, in turn with other requests' of its tenant and delta."""
+        return await self._threads.run(self._target, work)
 
     def cancel(self) -> None:
         """Cancel the sequences that still run."""

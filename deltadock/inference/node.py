@@ -278,6 +278,7 @@ class InferenceNode:
                 target,
                 tokenizer,
                 self.metrics,
+                self._encoders,
                 on_finish=partial(self._admission.leave, target),
                 started_at=started_at,
             )

@@ -34,7 +34,7 @@ def prompts_of(request: GenerationRequest) -> Sequence[Prompt]:
                 tuple(message.plain() for message in request.messages),
                 add_generation_prompt=_or_default(request.add_generation_prompt, not continues),
                 continue_final_message=continues,
-                variables=request.chat_template_kwargs or {},
+                variables=request.template_variables,
                 tools=tuple(tool.model_dump(exclude_none=True) for tool in request.offered_tools),
             )
         ]

@@ -25,6 +25,7 @@ from deltadock.openai.fields import (
     Usage,
     excluding,
     field_error,
+    is_none,
     reported_as,
 )
 from deltadock.openai.tools import (
@@ -125,11 +126,15 @@ class Message(RequestPart):
         }
 
 
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
 class ChatRequest(SamplingFields):
     """A request to /v1/chat/completions; without a limit an answer may fill the context.
 
     `add_generation_prompt` (true unless `continue_final_message` is), `continue_final_message` and
-    `chat_template_kwargs` go to the chat template, with vLLM's meaning.
+    `chat_template_kwargs` go to the chat template, with vLLM's meaning, and `reasoning_effort`
+    does: as itself and, by `none` or another, as the switches `enable_thinking` and `thinking`.
     """
 
     model_config = ConfigDict(
@@ -170,7 +175,7 @@ class ChatRequest(SamplingFields):
     functions: Unsupported[EmptyList] = None
     function_call: Unsupported[Literal["none", "auto"]] = None
     verbosity: Unsupported[Literal["medium"]] = None
-    reasoning_effort: Unsupported[None] = None
+    reasoning_effort: ReasoningEffort | None = None
     audio: Unsupported[None] = None
     moderation: Unsupported[None] = None
     web_search_options: Unsupported[None] = None
@@ -193,6 +198,16 @@ class ChatRequest(SamplingFields):
         if isinstance(value, NamedTool) and value.function.name not in names:
             raise field_error(f"names {value.function.name!r}, which is not in `tools`.")
         return value
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the request sets of the chat template's variables."""
+        effort = self.reasoning_effort
+        thinks = effort != "none"
+        reasoning: dict[str, Any] = {
+            "reasoning_effort": effort, "enable_thinking": thinks, "thinking": thinks,
+        }  # fmt: skip
+        return (reasoning if effort is not None else {}) | (self.chat_template_kwargs or {})
 
     @property
     def offered_tools(self) -> list[Tool]:
@@ -220,10 +235,6 @@ class ChatRequest(SamplingFields):
         return value
 
 
-def _is_none(value: Any) -> bool:
-    return value is None
-
-
 class TokenLogprob(BaseModel):
     """A token and its log-probability (nats); the `bytes` of consecutive tokens add up to UTF-8."""
 
@@ -249,7 +260,7 @@ class AssistantMessage(BaseModel):
 
     role: Literal["assistant"] = "assistant"
     content: str | None
-    tool_calls: list[ToolCall] | None = Field(default=None, exclude_if=_is_none)
+    tool_calls: list[ToolCall] | None = Field(default=None, exclude_if=is_none)
 
 
 class ChatChoice(BaseModel):
@@ -275,9 +286,9 @@ class ChatCompletion(BaseModel):
 class MessageDelta(BaseModel):
     """What a chunk adds to the model's turn; the role is in the first one only."""
 
-    role: Literal["assistant"] | None = Field(default=None, exclude_if=_is_none)
-    content: str | None = Field(default=None, exclude_if=_is_none)
-    tool_calls: list[ToolCallDelta] | None = Field(default=None, exclude_if=_is_none)
+    role: Literal["assistant"] | None = Field(default=None, exclude_if=is_none)
+    content: str | None = Field(default=None, exclude_if=is_none)
+    tool_calls: list[ToolCallDelta] | None = Field(default=None, exclude_if=is_none)
 
 
 class ChatChunkChoice(BaseModel):

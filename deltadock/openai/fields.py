@@ -40,6 +40,11 @@ def reported_as(message: str) -> WrapValidator:
     return WrapValidator(validate)
 
 
+def is_none(value: Any) -> bool:
+    """Of fields that are left out if unset."""
+    return value is None
+
+
 def with_integers(body: Any) -> Any:
     """A body's fields with 1.0 as 1: JSON does not tell them apart."""
     if isinstance(body, dict):

@@ -1,14 +1,17 @@
 """OpenAI's tools: functions that a chat model may call, and its calls."""
 
 import json
+import secrets
+import string
 from contextlib import suppress
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from deltadock.openai.fields import RequestPart, Schema, reported_as
+from deltadock.openai.fields import RequestPart, Schema, is_none, reported_as
 
 MAX_TOOLS: Final = 128
+ID_CHARACTERS: Final = string.ascii_letters + string.digits
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
 
@@ -87,7 +90,22 @@ class ToolCall(RequestPart):
         return {"id": self.id, "type": self.type, "function": function}
 
 
-class ToolCallDelta(ToolCall):
-    """A whole call in one chunk of a stream."""
+def new_call_id() -> str:
+    """An id for a call: nine letters and digits, since Mistral's templates take no others."""
+    return "".join(secrets.choice(ID_CHARACTERS) for _ in range(9))
+
+
+class FunctionCallDelta(BaseModel):
+    """What a chunk adds to a call: its function's name in the first one only."""
+
+    name: str | None = Field(default=None, exclude_if=is_none)
+    arguments: str
+
+
+class ToolCallDelta(BaseModel):
+    """A part of a call in one chunk of a stream."""
 
     index: int
+    id: str | None = Field(default=None, exclude_if=is_none)
+    type: Literal["function"] | None = Field(default=None, exclude_if=is_none)
+    function: FunctionCallDelta

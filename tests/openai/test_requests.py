@@ -148,7 +148,7 @@ def test_completion_errors(values: dict[str, Any], message: str) -> None:
         ({"modalities": ["text", "audio"]}, f"`modalities` {OFF}"),
         ({"audio": {"voice": "v"}}, f"`audio` {OFF}"),
         ({"web_search_options": {}}, f"`web_search_options` {OFF}"),
-        ({"reasoning_effort": "high"}, f"`reasoning_effort` {OFF}"),
+        ({"reasoning_effort": "huge"}, "`reasoning_effort`: Input should be 'none'"),
         ({"verbosity": "low"}, f"`verbosity` {OFF}"),
         ({"moderation": {"model": "m"}}, f"`moderation` {OFF}"),
         ({"top_logprobs": 2}, "`top_logprobs` needs `logprobs`: true; send both or neither."),

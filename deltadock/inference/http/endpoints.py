@@ -178,7 +178,7 @@ async def complete(
     node: NodeDep,
     target: TargetHeader,
     name: GenerationName = None,
-) -> Response | BaseModel:
+) -> Response:
     """Continue a prompt with the base or one of its deltas.
 
     The headers Deltadock-Base and Deltadock-Artifact name the weights by digest; without them
@@ -196,17 +196,18 @@ async def chat(
     node: NodeDep,
     target: TargetHeader,
     name: GenerationName = None,
-) -> Response | BaseModel:
+) -> Response:
     """Answer a conversation, rendered with the model's own chat template."""
     target = target or node.target(body.model)
     generation = await while_connected(request, node.generate(target, body, name))
     return await _respond(request, ChatReply(body, generation))
 
 
-async def _respond(request: Request, reply: Reply[Any]) -> Response | BaseModel:
+async def _respond(request: Request, reply: Reply[Any]) -> Response:
     if reply.request.stream:
         return StreamedReply(reply)
-    return await while_connected(request, reply.complete())
+    body = await while_connected(request, reply.complete())
+    return Response(body, media_type="application/json")
 
 
 @openai.get("/models")

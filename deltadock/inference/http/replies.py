@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from fastapi.sse import EventSourceResponse, format_sse_event
@@ -15,10 +16,16 @@ from starlette.types import Receive, Scope, Send
 
 from deltadock.errors import DeltadockError
 from deltadock.inference.engine.sampling import SampledToken
-from deltadock.inference.engine.sequence import Event, FinishReason
+from deltadock.inference.engine.sequence import Event
 from deltadock.inference.generation import Generation
 from deltadock.inference.prompts.tokenizer import Tokenizer
-from deltadock.inference.prompts.tool_calls import ToolForm, call_begins, parse_calls, tool_form
+from deltadock.inference.prompts.tool_calls import (
+    FORMS,
+    CallPart,
+    ToolCallParser,
+    ToolForm,
+    tool_form,
+)
 from deltadock.openai.chat import (
     AssistantMessage,
     ChatChoice,
@@ -39,7 +46,13 @@ from deltadock.openai.completions import (
 )
 from deltadock.openai.errors import ErrorBody
 from deltadock.openai.fields import PROMPT_TOKENS_HEADER, SamplingFields, Usage
-from deltadock.openai.tools import FunctionCall, ToolCall, ToolCallDelta
+from deltadock.openai.tools import (
+    FunctionCall,
+    FunctionCallDelta,
+    ToolCall,
+    ToolCallDelta,
+    new_call_id,
+)
 
 RequestBody = TypeVar("RequestBody", bound=SamplingFields)
 
@@ -53,52 +66,76 @@ class Reply(ABC, Generic[RequestBody]):
         self.request = request
         self.generation = generation
         self.head: dict[str, Any] = {
-            "id": f"{self.id_prefix}-{secrets.token_hex(12)}",
+            "id": f"{self.id_prefix}{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": request.model,
         }
+
+    @property
+    @abstractmethod
+    def takes_long(self) -> bool:
+        """Whether the complete response of a long answer takes long to build."""
 
     @abstractmethod
     def _completion(self, answers: Sequence[Event], usage: Usage) -> BaseModel:
         """The complete response, from the answers in order."""
 
-    @abstractmethod
-    def _chunks(self, index: int, event: Event) -> Iterator[BaseModel]:
-        """The next chunks of the stream, by an answer's event."""
+    def _begin(self) -> Iterator[bytes]:
+        """Server-sent events before the answer."""
+        yield from ()
 
     @abstractmethod
-    def _usage_chunk(self, usage: Usage) -> BaseModel:
-        """The last chunk of a stream with `include_usage`."""
+    def _go_on(self, index: int, event: Event) -> Iterator[bytes]:
+        """Server-sent events of an answer's next event."""
 
-    async def complete(self) -> BaseModel:
-        """Wait for the complete response; raises if an answer failed."""
-        answers: dict[int, Event] = defaultdict(Event)
+    @abstractmethod
+    def _end(self, usage: Usage) -> Iterator[bytes]:
+        """Server-sent events after all answers."""
+
+    @abstractmethod
+    def _break_off(self, error: DeltadockError) -> bytes:
+        """The last server-sent event if an answer failed."""
+
+    async def complete(self) -> bytes:
+        """Wait for the complete response, as JSON; raises if an answer failed."""
+        answers: dict[int, list[Event]] = defaultdict(list)
         async with aclosing(self.generation.events()) as events:
             async for index, event in events:
-                answer = answers[index]
-                answers[index] = Event(
-                    answer.text + event.text,
-                    answer.tokens + event.tokens,
-                    event.finish,
-                    prompt=answer.prompt + event.prompt,
-                )
-        ordered = [answers[index] for index in sorted(answers)]
-        return self._completion(ordered, self.generation.usage)
+                answers[index].append(event)
+
+        def build() -> bytes:
+            ordered = [_joined(answers[index]) for index in sorted(answers)]
+            return self._completion(ordered, self.generation.usage).model_dump_json().encode()
+
+        return await self.generation.in_thread(build) if self.takes_long else build()
 
     async def stream(self) -> AsyncGenerator[bytes]:
         """Server-sent events; an error is the last event."""
+        for data in self._begin():
+            yield data
         try:
             async with aclosing(self.generation.events()) as events:
                 async for index, event in events:
-                    for chunk in self._chunks(index, event):
-                        yield _sse(chunk)
+                    build = partial(self._event, index, event)
+                    yield await self.generation.in_thread(build) if event.prompt else build()
         except DeltadockError as error:
-            yield _sse(ErrorBody.of_error(error))
+            yield self._break_off(error)
             return
-        options = self.request.stream_options
-        if options is not None and options.include_usage:
-            yield _sse(self._usage_chunk(self.generation.usage))
-        yield format_sse_event(data_str="[DONE]")
+        for data in self._end(self.generation.usage):
+            yield data
+
+    def _event(self, index: int, event: Event) -> bytes:
+        return b"".join(self._go_on(index, event))
+
+
+def _joined(events: Sequence[Event]) -> Event:
+    """An answer's events as one."""
+    return Event(
+        "".join(event.text for event in events),
+        tuple(token for event in events for token in event.tokens),
+        events[-1].finish,
+        prompt=tuple(token for event in events for token in event.prompt),
+    )
 
 
 class StreamedReply(EventSourceResponse):
@@ -121,15 +158,76 @@ def _sse(data: BaseModel) -> bytes:
     return format_sse_event(data_str=data.model_dump_json())
 
 
-class CompletionReply(Reply[CompletionRequest]):
+class ChunkedReply(Reply[RequestBody]):
+    """A response whose stream consists of chunks of its choices."""
+
+    @abstractmethod
+    def _chunks(self, index: int, event: Event) -> Iterator[BaseModel]:
+        """The next chunks of the stream, by an answer's event."""
+
+    @abstractmethod
+    def _usage_chunk(self, usage: Usage) -> BaseModel:
+        """The last chunk of a stream with `include_usage`."""
+
+    def _go_on(self, index: int, event: Event) -> Iterator[bytes]:
+        return map(_sse, self._chunks(index, event))
+
+    def _end(self, usage: Usage) -> Iterator[bytes]:
+        options = self.request.stream_options
+        if options is not None and options.include_usage:
+            yield _sse(self._usage_chunk(usage))
+        yield format_sse_event(data_str="[DONE]")
+
+    def _break_off(self, error: DeltadockError) -> bytes:
+        return _sse(ErrorBody.of_error(error))
+
+
+def _finish_reason(event: Event, *, calls: bool) -> str | None:
+    """OpenAI's: an answer with calls may be cut off too."""
+    return "tool_calls" if calls and event.finish == "stop" else event.finish
+
+
+class DividedAnswers:
+    """Divides the answers to a conversation into text and calls of its tools."""
+
+    def __init__(self, request: ChatRequest, tokenizer: Tokenizer) -> None:
+        self._at_most_one = request.at_most_one_call
+        self._parsers: dict[int, ToolCallParser] = {}
+        self._form: ToolForm | None = None
+        if request.forced_tools:
+            self._form = FORMS["json"]
+        elif request.offered_tools:
+            self._form = tool_form(tokenizer.chat.template_for(tools=True))
+
+    def parts(self, index: int, event: Event) -> list[str | CallPart]:
+        """What an answer's next event adds to its text and calls, in order."""
+        if self._form is None:
+            return [event.text]
+        if index not in self._parsers:
+            self._parsers[index] = ToolCallParser(self._form)
+        parser = self._parsers[index]
+        parts = parser.push(event.text)
+        if event.finish is not None:
+            parts += parser.finish(cut_off=event.finish == "length")
+        if not self._at_most_one:
+            return parts
+        return [part for part in parts if isinstance(part, str) or not part.number]
+
+
+class CompletionReply(ChunkedReply[CompletionRequest]):
     """The response of /v1/completions; its chunks have the format of the whole."""
 
-    id_prefix = "cmpl"
+    id_prefix = "cmpl-"
 
     def __init__(self, request: CompletionRequest, generation: Generation) -> None:
         super().__init__(request, generation)
         self._writers: dict[int, _LogprobsWriter] = {}
         self._echoed: set[int] = set()
+
+    @property
+    def takes_long(self) -> bool:
+        """As `Reply.takes_long`: log-probabilities do, and prompts that are tokenized again."""
+        return self.request.logprobs is not None or bool(self.request.echo)
 
     def _completion(self, answers: Sequence[Event], usage: Usage) -> Completion:
         choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
@@ -228,59 +326,48 @@ class _LogprobsWriter:
         return alternatives
 
 
-def _finish_reason(answer: Event, calls: Sequence[Any]) -> str | None:
-    """OpenAI's: an answer with calls may be cut off too."""
-    return "tool_calls" if calls and answer.finish == "stop" else answer.finish
+class ChatReply(ChunkedReply[ChatRequest]):
+    """The response of /v1/chat/completions."""
 
-
-class ChatReply(Reply[ChatRequest]):
-    """The response of /v1/chat/completions.
-
-    With tools, text from where a call may begin is held back until the answer is complete.
-    """
-
-    id_prefix = "chatcmpl"
+    id_prefix = "chatcmpl-"
 
     def __init__(self, request: ChatRequest, generation: Generation) -> None:
         super().__init__(request, generation)
         self._started = False
         """Whether a stream has begun."""
-        self._texts: dict[int, str] = defaultdict(str)
-        """Of streamed answers that may contain calls, as far as they are there."""
-        self._sent: dict[int, int] = defaultdict(int)
-        """How much of each is sent."""
-        self._form: ToolForm | None = None
-        if request.forced_tools:
-            self._form = "json"
-        elif request.offered_tools:
-            self._form = tool_form(generation.tokenizer.chat.template_for(tools=True))
+        self._calling: set[int] = set()
+        """Streamed answers that have begun a call."""
+        self._answers = DividedAnswers(request, generation.tokenizer)
+
+    @property
+    def takes_long(self) -> bool:
+        """As `Reply.takes_long`: log-probabilities do."""
+        return bool(self.request.logprobs)
 
     def _completion(self, answers: Sequence[Event], usage: Usage) -> ChatCompletion:
         choices = []
         for index, answer in enumerate(answers):
-            text, calls = self._parse(answer.text, answer.finish)
+            text, calls = "", list[ToolCall]()
+            for part in self._answers.parts(index, answer):
+                if isinstance(part, str):
+                    text += part
+                elif part.name is not None:
+                    function = FunctionCall(name=part.name, arguments=part.arguments)
+                    calls.append(ToolCall(id=new_call_id(), function=function))
+                else:
+                    calls[-1].function.arguments += part.arguments
             message = AssistantMessage(content=text or (None if calls else ""))
             if calls:
-                message.tool_calls = [ToolCall(**call) for call in calls]
+                message.tool_calls = calls
             choices.append(
                 ChatChoice(
                     index=index,
                     message=message,
                     logprobs=self._logprobs(answer.tokens),
-                    finish_reason=_finish_reason(answer, calls),
+                    finish_reason=_finish_reason(answer, calls=bool(calls)),
                 )
             )
         return ChatCompletion(**self.head, choices=choices, usage=usage)
-
-    def _parse(self, text: str, finish: FinishReason | None) -> tuple[str, list[dict[str, Any]]]:
-        """An answer's text without the calls of tools, and the calls."""
-        if self._form is None:
-            return text, []
-        text, calls = parse_calls(self._form, text, cut_off=finish == "length")
-        return text, [
-            {"id": f"call_{secrets.token_hex(12)}", "function": FunctionCall(**call._asdict())}
-            for call in (calls[:1] if self.request.at_most_one_call else calls)
-        ]
 
     def _chunks(self, index: int, event: Event) -> Iterator[ChatChunk]:
         if not self._started:
@@ -288,25 +375,30 @@ class ChatReply(Reply[ChatRequest]):
             self._started = True
             for answer in range(self.request.answers):
                 yield self._chunk(answer, MessageDelta(role="assistant", content=""))
-        text, calls = event.text, list[dict[str, Any]]()
-        if self._form is not None:
-            self._texts[index] += text
-            whole, sent = self._texts[index], self._sent[index]
-            if event.finish is not None:
-                whole, calls = self._parse(whole, event.finish)
+        text, calls = "", dict[int, ToolCallDelta]()
+        for part in self._answers.parts(index, event):
+            if isinstance(part, str):
+                text += part
+            elif part.name is not None:
+                function = FunctionCallDelta(name=part.name, arguments=part.arguments)
+                calls[part.number] = ToolCallDelta(
+                    index=part.number, id=new_call_id(), type="function", function=function
+                )
+            elif part.number in calls:
+                calls[part.number].function.arguments += part.arguments
             else:
-                whole = whole[: call_begins(self._form, whole)].rstrip()
-            text, self._sent[index] = whole[sent:], max(sent, len(whole))
-        delta = MessageDelta(content=text if text or not calls else None)
+                function = FunctionCallDelta(arguments=part.arguments)
+                calls[part.number] = ToolCallDelta(index=part.number, function=function)
         if not calls:
-            yield self._chunk(index, delta, event.tokens, event.finish)
+            finish = _finish_reason(event, calls=index in self._calling)
+            yield self._chunk(index, MessageDelta(content=text), event.tokens, finish)
             return
-        delta.tool_calls = [
-            ToolCallDelta(index=number, **call) for number, call in enumerate(calls)
-        ]
+        self._calling.add(index)
+        delta = MessageDelta(content=text or None, tool_calls=list(calls.values()))
         yield self._chunk(index, delta, event.tokens)
-        # OpenAI's client sees a call's end by another chunk.
-        yield self._chunk(index, MessageDelta(), finish=_finish_reason(event, calls))
+        if event.finish is not None:
+            # OpenAI's client sees a call's end by another chunk.
+            yield self._chunk(index, MessageDelta(), finish=_finish_reason(event, calls=True))
 
     def _chunk(
         self,

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from deltadock.artifacts.tokenizers import default_tokens, named_tokens
 from deltadock.errors import InvalidInput, NoChatTemplate
+from deltadock.inference.prompts.template_tools import place_tools
 
 SANDBOX: Final = Path(__file__).with_name("sandbox.py")
 PROCESSES: Final = 4
@@ -131,6 +132,7 @@ def _variables(form: ChatFormat, template: str, conversation: Conversation) -> d
     return {
         "documents": None,
         **form.special_tokens,
+        **place_tools(template, messages, conversation.tools),
         **conversation.variables,
         "tools": conversation.tools or None,
         "messages": messages,

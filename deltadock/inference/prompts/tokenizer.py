@@ -34,7 +34,9 @@ CONTEXT_TOKENS: Final = 16
 MARKUP: Final = frozenset(
     {
         "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "[TOOL_CALLS]",
-        "<|python_tag|>", "<think>", "</think>",
+        "[CALL_ID]", "[ARGS]", "<|python_tag|>", "<|tool_call|>", "<|/tool_call|>",
+        "<function_calls>", "</function_calls>", "<start_function_call>", "<end_function_call>",
+        "<escape>", "<think>", "</think>", "[THINK]", "[/THINK]",
     }
 )  # fmt: skip
 """Special tokens of some tokenizers that are part of the answer: clients parse them."""

@@ -326,8 +326,11 @@ def ask_for_tools(client: openai.OpenAI, *, stream: bool, **more: Any) -> tuple[
         text += choice.delta.content or ""
         finish = choice.finish_reason or finish
         for call in choice.delta.tool_calls or ():
-            assert call.index == len(calls)
-            calls.append((call.function.name, call.function.arguments))
+            if call.id is not None:
+                calls.append((call.function.name, ""))
+            assert call.index == len(calls) - 1
+            name, arguments = calls[-1]
+            calls[-1] = (name, arguments + call.function.arguments)
     return text or None, finish, calls
 
 
@@ -451,6 +454,45 @@ def test_the_openai_packages_stream_has_the_calls_of_the_whole_answer(
     assert "tool_calls.function.arguments.done" in kinds
     assert call.function.arguments == expected.function.arguments
     assert (call.function.name, streamed.finish_reason) == ("weather", "tool_calls")
+
+
+def test_a_streamed_call_comes_as_it_is_generated(
+    site: Site, node: RunningNode, hermes: str
+) -> None:
+    ask: dict[str, Any] = {
+        "model": "m", "messages": TALK, "tools": [WEATHER], "seed": 1, "max_tokens": 80,
+        "extra_body": {"guided_choice": [CALL]},
+    }  # fmt: skip
+    with node.client(site.base, hermes) as client:
+        chunks = list(client.chat.completions.create(**ask, stream=True))
+    found = [call for c in chunks for call in c.choices[0].delta.tool_calls or ()]
+    first, *others = found
+    assert (first.function.name, first.type, len(first.id)) == ("weather", "function", 9)
+    assert first.id.isalnum()
+    assert {(call.id, call.type, call.function.name) for call in others} == {(None, None, None)}
+    arguments = '{"city": "a"}'
+    assert "".join(call.function.arguments for call in found) == arguments
+    # A token of these models is a character.
+    assert len([call for call in found if call.function.arguments]) == len(arguments)
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_the_effort_of_reasoning_reaches_the_template(
+    site: Site, node: RunningNode, carry: Carry
+) -> None:
+    template = "{{ reasoning_effort }}|{{ enable_thinking }}|{{ thinking }}|"
+    asked: Any = {"model": "m", "messages": TALK, "max_tokens": 1}
+    kwargs = {"chat_template_kwargs": {"thinking": "x"}}
+    with node.client(site.base, carry(chat_template__jinja=template)) as client:
+        lengths = [
+            client.chat.completions.create(**asked, **more).usage.prompt_tokens
+            for more in (
+                {}, {"reasoning_effort": "high"}, {"reasoning_effort": "none"},
+                {"reasoning_effort": "none", "extra_body": kwargs},
+            )
+        ]  # fmt: skip
+    rendered = ("|||", "high|True|True|", "none|False|False|", "none|False|x|")
+    assert lengths == [*map(len, rendered)]
 
 
 def test_tools_and_results_reach_the_template(site: Site, node: RunningNode, carry: Carry) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import shutil
 import socket
+import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ import typer
 
 from deltadock.artifacts.folder import scan_folder
 from deltadock.inference.engine.engine import MAX_DEVICE_FAILURES
+from deltadock.inference.http.replies import _LogprobsWriter
 from deltadock.inference.prompts.tokenizer import Tokenizer, read_tokenizer_files
 from deltadock.inference.server import NodeServer, serve
 from deltadock.model_target import ARTIFACT_HEADER, BASE_HEADER, TENANT_HEADER
@@ -120,8 +122,8 @@ def test_errors_have_a_message_and_a_request_id_in_the_openai_package(
     site: Site, node: RunningNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with node.client(site.base) as client:
-        with pytest.raises(openai.NotFoundError, match="There is no route /v1/responses") as caught:
-            client.responses.create(model="m", input="x")
+        with pytest.raises(openai.NotFoundError, match="no route /v1/embeddings") as caught:
+            client.embeddings.create(model="m", input="x")
         assert caught.value.code == "route_not_found"
         assert caught.value.code == "route_not_found"
         assert caught.value.request_id
@@ -490,6 +492,39 @@ def test_echo_scores_the_prompt_like_transformers(
             offsets = [place for place, size in enumerate(sizes) for _ in range(size)]
             assert scores.text_offset[: len(tokens)] == offsets
             assert choice.finish_reason == "length"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_scores_of_a_prompt_do_not_hold_up_other_requests(
+    site: Site, node: RunningNode, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a long prompt take seconds to write."""
+    writing, go_on = threading.Event(), threading.Event()
+    add_prompt = _LogprobsWriter.add_prompt
+
+    def held(*arguments: Any) -> None:
+        writing.set()
+        assert go_on.wait(30)
+        add_prompt(*arguments)
+
+    monkeypatch.setattr(_LogprobsWriter, "add_prompt", held)
+    ask: dict[str, Any] = {"model": "m", "prompt": PROMPT, "max_tokens": 1, "temperature": 0}
+
+    def scored() -> int:
+        with node.client(site.base) as client:
+            answer = client.completions.create(**ask, echo=True, logprobs=1, stream=stream)
+            choices = gather(answer) if stream else answer.choices
+        return len(choices[0].logprobs.tokens)
+
+    with ThreadPoolExecutor(1) as threads, node.client(site.base, site.artifacts[0]) as other:
+        waiting = threads.submit(scored)
+        assert writing.wait(30)
+        try:
+            assert other.completions.create(**ask, timeout=20).choices
+            assert not waiting.done()
+        finally:
+            go_on.set()
+        assert waiting.result(30) == len(PROMPT.encode()) + 1
 
 
 def gather(chunks: Any) -> list[Any]:

@@ -12,6 +12,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from deltadock.errors import InvalidArtifact, InvalidInput, UnsupportedModel
 from deltadock.inference.prompts.tokenizer import (
+    MARKUP,
     REPLACEMENT,
     SamplingDefaults,
     TextStream,
@@ -289,7 +290,7 @@ def with_markup() -> Tokenizer:
     tokenizer = FastTokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"])
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", *MARKUP])
     config = {"eos_token": "<|im_end|>"}
     return Tokenizer(
         {
@@ -325,6 +326,24 @@ def test_stop_strings_may_contain_special_tokens(
     pieces, stopped = stream(with_markup, "<|im_start|>", answer, (stop,))
     assert stopped == (stop != "nothing")
     assert "".join(pieces) == text
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "[THINK]a[/THINK][TOOL_CALLS]f[CALL_ID]x[ARGS]{}",
+        "<|tool_call|>[]<|/tool_call|>",
+        "<function_calls>f()</function_calls>",
+        "<start_function_call>call:f{a:<escape>b<escape>}<end_function_call>",
+    ],
+)
+def test_markup_of_calls_and_thoughts_is_part_of_the_answer(
+    with_markup: Tokenizer, answer: str
+) -> None:
+    tokens = with_markup.encode(answer)
+    assert len(tokens) < len(answer)
+    pieces, _ = stream(with_markup, "<|im_start|>", answer, ())
+    assert "".join(pieces) == answer
 
 
 def test_special_tokens_are_shown_on_request(with_markup: Tokenizer) -> None:

@@ -6,17 +6,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltadock.inference.prompts.tool_calls import (
-    BEFORE,
-    ParsedCall,
-    ToolForm,
-    call_begins,
-    parse_calls,
-    tool_form,
-)
+from deltadock.inference.prompts.tool_calls import FORMS, CallPart, ToolCallParser, tool_form
+
+Calls = list[tuple[str, str]]
 
 F = ("f", {"a": 1, "b": "é"})
 G = ("g", {})
+
+
+def parse(form: str, *pieces: str, cut_off: bool = False) -> tuple[str, Calls]:
+    """The text and the calls, name and arguments, of an answer that comes in pieces."""
+    parser = ToolCallParser(FORMS[form])
+    parts = [part for piece in pieces for part in parser.push(piece)]
+    parts += parser.finish(cut_off=cut_off)
+    calls: Calls = []
+    for part in parts:
+        if isinstance(part, CallPart):
+            if part.name is not None:
+                calls.append((part.name, ""))
+            assert part.number == len(calls) - 1
+            calls[-1] = (calls[-1][0], calls[-1][1] + part.arguments)
+    return "".join(part for part in parts if isinstance(part, str)), calls
 
 
 @pytest.mark.parametrize(
@@ -54,14 +64,111 @@ G = ("g", {})
             [G, G],
         ),
         ("json", '[{"name": "f", "parameters": {"a": 1, "b": "é"}}]', "", [F]),
+        # The order of Hermes 2 Pro; keys beside those of a call; arguments that are a string.
+        (
+            "hermes",
+            '<tool_call>\n{"arguments": {"a": 1, "b": "é"}, "name": "f"}\n</tool_call>\n'
+            '<tool_call>{"name": "g", "arguments": {}}</tool_call> Wait.',
+            "Wait.",
+            [F, G],
+        ),
+        ("mistral", '[TOOL_CALLS] [{"name": "g", "arguments": {}, "id": "a1B2c3D4e"}]', "", [G]),
+        ("llama3", '{"type": "function", "name": "g", "parameters": {}}', "", [G]),
+        ("llama3", '{"name": "g", "parameters": "{}"}', "", [G]),
+        # A bracket is missing.
+        (
+            "hermes",
+            '<tool_call>{"name": "g", "arguments": {}</tool_call> <tool_call>{"name": "g", '
+            '"arguments": {}}</tool_call>',
+            "",
+            [G, G],
+        ),
+        (
+            "granite",
+            '<|tool_call|>[{"name": "f", "arguments": {"a": 1, "b": "é"}}, {"name": "g", '
+            '"arguments": {}}]',
+            "",
+            [F, G],
+        ),
+        ("granite", '<tool_call>[{"name": "g", "arguments": {}}]', "", [G]),
+        (
+            "phi4",
+            '<|tool_call|>[{"name": "f", "arguments": {"a": 1, "b": "é"}}]<|/tool_call|>',
+            "",
+            [F],
+        ),
+        (
+            "phi4",
+            'functools[{"name": "g", "arguments": {}}, {"name": "g", "arguments": {}}]',
+            "",
+            [G, G],
+        ),
+        (
+            "olmo3",
+            'So.<function_calls>f(a=1, b="é")\ng()</function_calls>f(x)',
+            "So.\nf(x)",
+            [F, G],
+        ),
+        (
+            "functiongemma",
+            "<start_function_call>call:f{a:1,b:<escape>é<escape>}<end_function_call>"
+            "<start_function_call>call:g{}<end_function_call>",
+            "",
+            [F, G],
+        ),
     ],
 )
 def test_calls_are_parsed(
-    form: ToolForm, text: str, content: str, calls: list[tuple[str, dict[str, object]]]
+    form: str, text: str, content: str, calls: list[tuple[str, dict[str, object]]]
 ) -> None:
-    found = parse_calls(form, text)
+    found = parse(form, text)
     assert found[0] == content
-    assert [(call.name, json.loads(call.arguments)) for call in found[1]] == calls
+    assert [(name, json.loads(arguments)) for name, arguments in found[1]] == calls
+
+
+def test_arguments_are_what_the_model_wrote() -> None:
+    for written in ('{"a":1,  "b": 2.0}', '{"a": }'):
+        text = f'<tool_call>{{"name": "f", "arguments": {written}}}</tool_call>'
+        assert parse("hermes", text) == ("", [("f", written)])
+
+
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [
+        ('a="x\\n\\"\\u00e9y\\\\"', {"a": 'x\n"éy\\'}),
+        ("a='it\\'s \"q\"', b='\\x41\\d'", {"a": 'it\'s "q"', "b": "A\\d"}),
+        ("a = True, b=None, c=false,", None),
+        ("a = True, b=None, c=false", {"a": True, "b": None, "c": False}),
+        ("a=[1, -2.5e3, {'k': [\"v\", ()]}]", {"a": [1, -2500, {"k": ["v", []]}]}),
+        ("a=word", {"a": "word"}),
+        ("a='(}<tool_call>'", {"a": "(}<tool_call>"}),
+        ('a="two\nlines"', {"a": "two\nlines"}),
+    ],
+)
+def test_arguments_in_python_become_json(written: str, arguments: dict[str, object] | None) -> None:
+    text = f"<function_calls>f({written})</function_calls>"
+    content, [(name, found)] = parse("olmo3", text)
+    assert (content, name) == ("", "f")
+    if arguments is None:
+        with pytest.raises(ValueError, match="Expecting"):
+            json.loads(found)
+    else:
+        assert json.loads(found) == arguments
+
+
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [
+        ('a:<escape>"\\{}, <b>\n<escape>', {"a": '"\\{}, <b>\n'}),
+        ("a:true,b:-1.5,c:null", {"a": True, "b": -1.5, "c": None}),
+        ("a:[<escape>x<escape>,1],b:{k:<escape><escape>}", {"a": ["x", 1], "b": {"k": ""}}),
+        ("a:San Francisco,b:007", {"a": "San Francisco", "b": "007"}),
+    ],
+)
+def test_arguments_of_functiongemma_become_json(written: str, arguments: object) -> None:
+    text = f"<start_function_call>call:f{{{written}}}<end_function_call>"
+    content, [(name, found)] = parse("functiongemma", text)
+    assert (content, name, json.loads(found)) == ("", "f", arguments)
 
 
 @pytest.mark.parametrize(
@@ -86,10 +193,10 @@ def test_calls_are_parsed(
     ],
 )
 def test_text_around_calls_is_kept_and_is_no_call(
-    form: ToolForm, text: str, content: str, names: str
+    form: str, text: str, content: str, names: str
 ) -> None:
-    found = parse_calls(form, text)
-    assert (found[0], "".join(call.name for call in found[1])) == (content, names)
+    found = parse(form, text)
+    assert (found[0], "".join(name for name, _ in found[1])) == (content, names)
 
 
 @pytest.mark.parametrize(
@@ -107,24 +214,22 @@ def test_text_around_calls_is_kept_and_is_no_call(
     ],
 )
 def test_what_is_cut_off_after_a_call_is_text_unless_it_begins_another(
-    form: ToolForm, text: str, content: str
+    form: str, text: str, content: str
 ) -> None:
-    assert parse_calls(form, text, cut_off=True) == (content, (ParsedCall("f", "{}"),))
+    assert parse(form, text, cut_off=True) == (content, [("f", "{}")])
 
 
 def test_complete_arguments_of_a_call_that_is_cut_off_end_where_they_end() -> None:
     text = '{"name": "f", "arguments": {"a": 1}, "z"'
-    assert parse_calls("llama3", text, cut_off=True) == ("", (ParsedCall("f", '{"a": 1}'),))
+    assert parse("llama3", text, cut_off=True) == ("", [("f", '{"a": 1}')])
 
 
 @pytest.mark.parametrize("repeated", [" ", "[", ",", " ,", "[TOOL_CALLS]", "[TOOL_CALLS]g["])
 def test_text_that_repeats_does_not_take_long(repeated: str) -> None:
     """A pattern that tried each way to divide spaces took minutes."""
     text = f"[TOOL_CALLS]f{{}}[TOOL_CALLS]f{repeated * 100_000}"
-    assert parse_calls("mistral", text) == (
-        text[len("[TOOL_CALLS]f{}") :].rstrip(),
-        (ParsedCall("f", "{}"),),
-    )
+    rest = text[len("[TOOL_CALLS]f{}") :].rstrip()
+    assert parse("mistral", text) == (rest, [("f", "{}")])
 
 
 @pytest.mark.parametrize(
@@ -136,32 +241,50 @@ def test_text_that_repeats_does_not_take_long(repeated: str) -> None:
         ("llama3", '{"name": "f", "parameters": {"a": 1, "b": "é"}}'),
         ("llama3", '<|python_tag|>{"name": "f", "parameters": {"a": 1, "b": "é"}}'),
         ("json", '[{"name": "f", "parameters": {"a": 1, "b": "é"}}]'),
+        ("granite", '<|tool_call|>[{"name": "f", "arguments": {"a": 1, "b": "é"}}]'),
+        ("phi4", 'functools[{"name": "f", "arguments": {"a": 1, "b": "é"}}]'),
     ],
 )
-def test_a_call_that_is_cut_off_has_what_there_is_of_its_arguments(
-    form: ToolForm, text: str
-) -> None:
+def test_a_call_that_is_cut_off_has_what_there_is_of_its_arguments(form: str, text: str) -> None:
     begin, end = text.index('{"a"'), text.index("}") + 1
     for length in range(len(text)):
-        content, calls = parse_calls(form, text[:length], cut_off=True)
+        content, calls = parse(form, text[:length], cut_off=True)
         if length <= begin:
-            assert calls == ()
+            assert calls in ([], [("f", "")])
             assert content in {text[:length], "Let me.", ""}
         else:
             assert content == ("Let me." if form == "hermes" else "")
-            assert calls == (ParsedCall("f", text[begin : min(length, end)]),)
+            assert calls == [("f", text[begin : min(length, end)])]
         again = f"{text}{text}"[: len(text) + length]
-        assert parse_calls(form, again, cut_off=True)[1][0] == ParsedCall("f", text[begin:end])
+        assert parse(form, again, cut_off=True)[1][0] == ("f", text[begin:end])
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "arguments"),
+    [
+        ("olmo3", '<function_calls>f(a=1, b="x', '{"a": 1, "b": "x'),
+        ("functiongemma", "<start_function_call>call:f{a:<escape>x<esc", '{"a": "x'),
+    ],
+)
+def test_translated_arguments_that_are_cut_off_are_the_beginning_of_json(
+    form: str, text: str, arguments: str
+) -> None:
+    assert parse(form, text, cut_off=True) == ("", [("f", arguments)])
 
 
 def test_a_broken_call_is_text_even_if_it_is_cut_off() -> None:
-    for text in ("<tool_call>{broken", '<tool_call>{"arguments": {}}', f"<tool_call>{'[' * 9999}"):
-        assert parse_calls("hermes", text, cut_off=True) == (text, ())
+    assert parse("hermes", "<tool_call>{broken", cut_off=True) == ("<tool_call>{broken", [])
     for text in ('{"result": [1', "{", '{"name": "f"'):
-        assert parse_calls("llama3", text, cut_off=True) == (text, ())
+        assert parse("llama3", text, cut_off=True) == (text, [])
 
 
-@pytest.mark.parametrize("form", BEFORE)
+def test_deep_nesting_is_no_error() -> None:
+    deep = "<tool_call>" + '{"a":' * 9999
+    assert parse("hermes", deep) == (deep, [])
+    assert parse("hermes", deep, cut_off=True)[1] == []
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "text",
     [
@@ -179,25 +302,41 @@ def test_a_broken_call_is_text_even_if_it_is_cut_off() -> None:
         "[null]",
     ],
 )
-def test_what_is_no_call_is_text(form: ToolForm, text: str) -> None:
-    assert parse_calls(form, text) == (text, ())
+def test_what_is_no_call_is_text(form: str, text: str) -> None:
+    assert parse(form, text) == (text, [])
+
+
+PIECES = [
+    "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "f", "[ARGS]", "{", "}", "[", "]", '"', "'",
+    '{"name": "f", "arguments": ', '{"a": 1}', ", ", " ", "<", "x", ";", "<function_calls>", "(a=",
+    ")", "</function_calls>", "<start_function_call>call:f", "<end_function_call>", "<escape>", ":",
+    "<|tool_call|>", "functools", "\\", "\n",
+]  # fmt: skip
 
 
 @given(
-    form=st.sampled_from(sorted(BEFORE)),
-    text=st.text('<tool_cal>[TOOL_CALLS]{}"a1:, ;', max_size=40),
+    form=st.sampled_from(sorted(FORMS)),
+    text=st.lists(st.sampled_from(PIECES), max_size=12).map("".join),
+    cut_off=st.booleans(),
 )
-def test_a_stream_holds_back_every_call(form: ToolForm, text: str) -> None:
-    """Text that was output never turns out to be a part of a call."""
-    output = ""
-    for length in range(len(text) + 1):
-        shown = text[: call_begins(form, text[:length])]
-        assert shown.startswith(output)
-        output = shown
-    for cut_off in (False, True):
-        content, calls = parse_calls(form, text, cut_off=cut_off)
-        assert content.startswith(output.rstrip())
-        assert calls or content in {text, output.rstrip()}
+def test_a_stream_finds_what_the_whole_answer_has(form: str, text: str, cut_off: bool) -> None:
+    whole = parse(form, text, cut_off=cut_off)
+    assert parse(form, *text, cut_off=cut_off) == whole
+    if not (cut_off or whole[1]):
+        assert whole[0] == text
+
+
+def test_names_and_arguments_come_as_soon_as_they_are_known() -> None:
+    parser = ToolCallParser(FORMS["hermes"])
+    pieces = ["So <tool", '_call>{"name": "f", "argum', 'ents": {"a": "lo', "ng", '"}}</tool_call>']
+    assert [parser.push(piece) for piece in pieces] == [
+        ["So"],
+        [],
+        [CallPart(0, "f", ""), CallPart(0, None, '{"a": "lo')],
+        [CallPart(0, None, "ng")],
+        [CallPart(0, None, '"}')],
+    ]
+    assert parser.finish() == []
 
 
 @pytest.mark.parametrize(
@@ -206,9 +345,13 @@ def test_a_stream_holds_back_every_call(form: ToolForm, text: str) -> None:
         ("{{ '<tool_call>' }}", "hermes"),
         ("{{ '[TOOL_CALLS]' }}", "mistral"),
         ('{{ \'{"name": "f", "parameters": {}}\' }}', "llama3"),
+        ("<|tool_call|> followed by a JSON list of tools used", "granite"),
+        ("{{ '<|tool|>' + message['tools'] + '<|/tool|>' }}", "phi4"),
+        ("{{- '<function_calls>' -}}", "olmo3"),
+        ("{{- '<start_function_call>call:' + function['name'] + '{' -}}", "functiongemma"),
         ("{{ messages }}", None),
         (None, None),
     ],
 )
 def test_the_template_names_the_form(template: str | None, form: str | None) -> None:
-    assert tool_form(template) == form
+    assert tool_form(template) == (None if form is None else FORMS[form])
