@@ -156,7 +156,8 @@ def _domain_error(request: Request, error: Exception) -> DeltadockError:
             return NotFound(f"There is no page {request.url.path}. The menu above lists all pages.")
         case HTTPException(status_code=HTTPStatus.NOT_FOUND) if is_openai_route(request.url.path):
             hint = (
-                "Of OpenAI's there are /v1/chat/completions, /v1/completions and /v1/models."
+                "Of OpenAI's there are /v1/chat/completions, /v1/completions, /v1/responses and "
+                "/v1/models."
                 if request.url.path.startswith("/v1/")
                 else "The base_url of OpenAI's client must end in /v1."
             )

@@ -129,6 +129,7 @@ RULES: Final[Mapping[str, Rule]] = MappingProxyType(
         "GET /v1/models/{model:path}": MODELS,
         "POST /v1/completions": INFER,
         "POST /v1/chat/completions": INFER,
+        "POST /v1/responses": INFER,
         "POST /v1/deltas/{delta_id:prefix}/generate": INFER,
         "POST /v1/bases/{base}/generate": INFER,
         "GET /v1/nodes": READ,

@@ -13,6 +13,7 @@ from deltadock.api.generation import service
 from deltadock.api.generation.forward import (
     CHAT,
     COMPLETIONS,
+    RESPONSES,
     ForwardedResponse,
     ask_nodes,
 )
@@ -38,6 +39,7 @@ from deltadock.errors import (
 from deltadock.model_target import ModelTarget
 from deltadock.openai.chat import ChatRequest
 from deltadock.openai.completions import CompletionRequest
+from deltadock.openai.responses import ResponseRequest
 from deltadock.problems import openai_problems, problems
 
 router = api_router(tags=["generation"])
@@ -97,12 +99,20 @@ async def chat(
     return await _forward(resources, request, caller, CHAT, body)
 
 
+@router.post("/v1/responses", response_class=Response, responses=_answers("response"))
+async def respond(
+    body: ResponseRequest, caller: CallerDep, request: Request, resources: ResourcesDep
+) -> Response:
+    """OpenAI's responses, without state: what a chat completion answers, in another format."""
+    return await _forward(resources, request, caller, RESPONSES, body)
+
+
 async def _forward(
     resources: Resources,
     request: Request,
     caller: Caller,
     path: str,
-    body: CompletionRequest | ChatRequest,
+    body: CompletionRequest | ChatRequest | ResponseRequest,
 ) -> ForwardedResponse:
     """Forward the validated request; its weights are resolved once, even if the name moves."""
 

@@ -31,6 +31,7 @@ log = structlog.get_logger(__name__)
 
 COMPLETIONS: Final = "/v1/completions"
 CHAT: Final = "/v1/chat/completions"
+RESPONSES: Final = "/v1/responses"
 EVENT_STREAM: Final = "text/event-stream"
 FORWARDED_HEADERS: Final = ("content-type", "retry-after")
 BUSY: Final = frozenset({429, 503})

@@ -1,6 +1,7 @@
 """Counts the tokens of a forwarded answer, as the node reports them."""
 
 import json
+import re
 import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -18,6 +19,13 @@ ANSWER_TOKENS: Final = 1024
 """Reserved for an answer whose length the request does not bound."""
 TOKEN_CHARACTERS: Final = 4
 """Of a request's JSON, about."""
+RESPONSE_DELTA: Final = re.compile(
+    rb'"type": ?"response\.(output_text|function_call_arguments)\.delta"'
+)
+"""In the data of events that have a token of /v1/responses."""
+WHOLE_USAGE: Final = re.compile(rb'"total_tokens": ?(\d+)\}\}\s*\Z')
+"""At the end of a whole answer."""
+USAGE_BYTES: Final = 64
 ASK_SECONDS: Final = 5.0
 """How long a node is asked for the usage of an answer that nobody waits for."""
 
@@ -67,7 +75,7 @@ class Meter:
         self._is_stream = bool(body.get("stream"))
         self._tokens = 0
         self._hides_usage = False
-        if self._is_stream:
+        if self._is_stream and "input" not in body:  # a response's last event has it anyway
             options = body.get("stream_options") or {}
             self._hides_usage = not options.get("include_usage")
             body["stream_options"] = {**options, "include_usage": True}
@@ -104,15 +112,16 @@ class Meter:
                     yield event
         else:
             whole = b"".join([chunk async for chunk in chunks])
-            self.measure(_total_tokens(whole) or 0)
+            self.measure(_whole_tokens(whole))
             yield whole
         await self.charge()
 
     def _shows(self, event: bytes) -> bool:
-        data = event.strip().removeprefix(b"data:").strip()
+        data = event.partition(b"data:")[2].strip()
         if b'"usage"' not in data or (tokens := _total_tokens(data)) is None:
             # A chat's first chunks have roles, and no tokens.
-            self._tokens += b'"choices"' in data and b'"role"' not in data
+            is_of_chat = b'"choices"' in data and b'"role"' not in data
+            self._tokens += is_of_chat or RESPONSE_DELTA.search(data) is not None
             return True
         self._tokens = tokens
         return not (self._hides_usage and not json.loads(data).get("choices"))
@@ -120,7 +129,8 @@ class Meter:
 
 def _most_tokens(body: dict[str, Any]) -> int:
     """About how many tokens a request takes at most: an estimate, as the api has no tokenizer."""
-    most = body.get("max_completion_tokens") or body.get("max_tokens")
+    limits = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+    most = next(filter(None, map(body.get, limits)), None)
     if most is None:
         most = ANSWER_TOKENS
     prompts, answers = body.get("prompt"), body.get("n") or 1
@@ -142,6 +152,13 @@ async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 def _total_tokens(text: bytes) -> int | None:
     try:
-        return int(json.loads(text)["usage"]["total_tokens"])
-    except (ValueError, KeyError, TypeError):  # such as an error's body
+        event = json.loads(text)
+        return int(event.get("response", event)["usage"]["total_tokens"])
+    except (ValueError, KeyError, TypeError, AttributeError):  # such as an error's body
         return None
+
+
+def _whole_tokens(text: bytes) -> int:
+    """What a whole answer reports; its usage comes last, and to parse it all may take long."""
+    found = WHOLE_USAGE.search(text[-USAGE_BYTES:])
+    return 0 if found is None else int(found[1])

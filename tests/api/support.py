@@ -236,6 +236,7 @@ class StandInNode:
         routes = [
             Route("/v1/completions", self._complete, methods=["POST"]),
             Route("/v1/chat/completions", self._complete, methods=["POST"]),
+            Route("/v1/responses", self._complete, methods=["POST"]),
             Route("/v1/generations/{name}", self._end, methods=["DELETE"]),
             Route("/v1/{what:path}", self._obey, methods=["POST"]),
         ]

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import anyio
 import httpx
 import pytest
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from deltadock.api.access import rates
 from deltadock.client.blocking import Client
@@ -421,6 +421,41 @@ class TestTokens:
         assert [bool(chunk.get("usage")) for chunk in shown] == [False, False, *[True] * asked]
         assert "".join(chunk["choices"][0]["text"] for chunk in shown[:2]) == " 42"
         assert self.left(tenant) == 12
+
+    @pytest.mark.parametrize("is_whole", [False, True])
+    def test_a_streamed_response_costs_its_usage_or_a_token_per_event(
+        self, tenant: Api, node: StandInNode, is_whole: bool
+    ) -> None:
+        """What a request says of itself, in the events before the answer, is no usage."""
+        begun = {"tools": [{"usage": {"total_tokens": 1}}], "usage": None}
+        events = [("created", {"response": begun}), ("output_text.delta", {"delta": '"usage"'})]
+        if is_whole:
+            usage = {"input_tokens": 5, "output_tokens": 3, "total_tokens": 8}
+            events.append(("completed", {"response": {**begun, "usage": usage}}))
+        sent = b"".join(
+            f"event: response.{kind}\ndata: ".encode()
+            + json.dumps({"type": f"response.{kind}", **more}).encode()
+            + b"\n\n"
+            for kind, more in events
+        )
+        node.answer = Response(
+            sent, media_type="text/event-stream", headers={PROMPT_TOKENS_HEADER: "5"}
+        )
+        body = {"model": "tiny", "input": "x", "stream": True, "max_output_tokens": 3}
+        answer = tenant.client.post("/v1/responses", json=body)
+        assert (answer.status_code, answer.content) == (200, sent)
+        assert "stream_options" not in node.requests[-1]["body"]
+        node.answer = None
+        assert self.left_without_asking(tenant) == 20 - (8 if is_whole else 6)
+
+    def test_a_whole_answers_usage_is_at_its_end(self, tenant: Api, node: StandInNode) -> None:
+        usage = {"input_tokens": 5, "output_tokens": 3, "total_tokens": 8}
+        text = '"usage":{"total_tokens": 1}}'
+        node.answer = JSONResponse({"output": text, "tools": [usage], "usage": usage})
+        body = {"model": "tiny", "input": "x", "max_output_tokens": 3}
+        assert tenant.client.post("/v1/responses", json=body).status_code == 200
+        node.answer = None
+        assert self.left_without_asking(tenant) == 12
 
 
 @contextmanager

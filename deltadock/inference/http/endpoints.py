@@ -27,6 +27,7 @@ from deltadock.errors import (
 )
 from deltadock.inference.deltas.store import HeldDelta
 from deltadock.inference.http.replies import ChatReply, CompletionReply, Reply, StreamedReply
+from deltadock.inference.http.response_reply import ResponseReply
 from deltadock.inference.node import InferenceNode
 from deltadock.model_target import (
     ARTIFACT_HEADER,
@@ -41,6 +42,7 @@ from deltadock.openai.chat import ChatCompletion, ChatRequest
 from deltadock.openai.completions import Completion, CompletionRequest
 from deltadock.openai.fields import GENERATION_HEADER, Usage
 from deltadock.openai.models import ModelCard, ModelList
+from deltadock.openai.responses import ResponseObject, ResponseRequest
 from deltadock.problems import openai_problems, problems
 from deltadock.trust import check_trusted
 
@@ -201,6 +203,20 @@ async def chat(
     target = target or node.target(body.model)
     generation = await while_connected(request, node.generate(target, body, name))
     return await _respond(request, ChatReply(body, generation))
+
+
+@openai.post("/responses", response_model=ResponseObject, responses=GENERATING)
+async def respond(
+    body: ResponseRequest,
+    request: Request,
+    node: NodeDep,
+    target: TargetHeader,
+    name: GenerationName = None,
+) -> Response:
+    """Answer a conversation as /v1/chat/completions does; nothing is stored."""
+    target = target or node.target(body.model)
+    generation = await while_connected(request, node.generate(target, body.chat(), name))
+    return await _respond(request, ResponseReply(body, generation))
 
 
 async def _respond(request: Request, reply: Reply[Any]) -> Response:

@@ -194,6 +194,21 @@ def test_chat_requests_are_forwarded_like_completions(
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
 
+def test_responses_are_forwarded_like_completions(
+    api: Api, node: StandInNode, ready: Ready
+) -> None:
+    delta, artifact, _ = ready
+    form = {"type": "json_schema", "name": "n", "schema": {"type": "object"}}
+    body = {"model": delta["id"], "input": "x", "text": {"format": form}, "max_output_tokens": 3}
+    assert api.client.post("/v1/responses", json=body).status_code == 200
+    asked = node.requests[-1]
+    assert asked["path"] == "/v1/responses"
+    assert asked["body"] == {**body, "input": [{"role": "user", "content": "x"}]}
+    assert asked["headers"]["deltadock-artifact"] == artifact
+    answer = api.client.post("/v1/responses", json={**body, "store": True})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "store")
+
+
 def test_the_openai_package(api: Api, ready: Ready) -> None:
     delta, _, _ = ready
     with openai.OpenAI(
