@@ -30,6 +30,7 @@ from tests.compatibility.table import page
 TOKENS = [5, 17, 200, 99, 3, 250, 31, 8]
 TOKENIZED = 256
 """Logits of the rows past the tokenizer's size are not compared."""
+AMOUNT = CalibrationOptions(tokens=256, length=32)
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +63,7 @@ def served_logits(base: Path, delta: Path, *, merged: bool = False) -> Tensor:
 
 def run(made: Made, out: Path) -> list[str]:
     """Compress; the report's notes."""
-    options = CompressOptions(made.method, calibration=CalibrationOptions(tokens=256, length=32))
+    options = CompressOptions(made.method, calibration=AMOUNT)
     report = compress(made.base, made.tuned, out, options, calibration=None)
     return report.notes
 

@@ -19,7 +19,7 @@ from deltadock.compression.options import CompressOptions, Goal
 from deltadock.compression.pipeline import compress
 from deltadock.errors import InvalidAdapter
 from tests.compatibility.cases import ADAPTER, CASES, PADDED, WEIGHTS, Case, Made, configured, moved
-from tests.compatibility.test_cases import TOKENIZED, logits_of, names, run
+from tests.compatibility.test_cases import AMOUNT, TOKENIZED, logits_of, names, run
 from tests.compression.family_cases import CASES as FAMILIES
 from tests.compression.family_cases import save
 
@@ -28,6 +28,7 @@ IMPORTED = [
     for case in CASES
     if case.error is None and ("PEFT" in case.trainer or "an adapter" in case.note)
 ]
+LOW_RANK = CompressOptions("low-rank", Goal("bits", 4.0), calibration=AMOUNT)
 
 
 def with_adapter(base: Path, adapter: Path) -> Any:
@@ -75,8 +76,8 @@ def test_a_low_rank_delta_is_an_adapter(family: str, tmp_path: Path) -> None:
     """Of any family: matrices, norms, biases, tied and untied heads, and a mixture's experts."""
     model = save(FAMILIES[family], tmp_path / "base").float()
     moved(model).save_pretrained(tmp_path / "tuned")
-    options, out = CompressOptions("low-rank", goal=Goal("bits", 4.0)), tmp_path / "a.delta"
-    compress(tmp_path / "base", tmp_path / "tuned", out, options, calibration=None)
+    out = tmp_path / "a.delta"
+    compress(tmp_path / "base", tmp_path / "tuned", out, LOW_RANK, calibration=None)
     export_adapter(tmp_path / "base", out, tmp_path / "adapter")
     merge(tmp_path / "base", out, tmp_path / "merged")
     auto = auto_class(model.config.model_type)
@@ -95,8 +96,7 @@ def test_an_adapter_names_its_base_without_the_folders_path(
 ) -> None:
     base, out = tmp_path / folder, tmp_path / "a.delta"
     moved(save(FAMILIES["gpt2"], base).float()).save_pretrained(tmp_path / "tuned")
-    options = CompressOptions("low-rank", goal=Goal("bits", 4.0))
-    compress(base, tmp_path / "tuned", out, options, calibration=None)
+    compress(base, tmp_path / "tuned", out, LOW_RANK, calibration=None)
     monkeypatch.chdir(base)
     export_adapter(Path(), out, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
@@ -128,8 +128,8 @@ def test_experts_whose_projections_have_factors_of_their_own(tmp_path: Path) -> 
 def test_what_no_adapter_can_hold_is_refused(tmp_path: Path) -> None:
     made, out = configured(rope_theta=50.0)(tmp_path), tmp_path / "a.delta"
     options = {
-        "rope_parameters": CompressOptions("low-rank", goal=Goal("bits", 4.0)),
-        "'rows'|'svd'": CompressOptions("adamix", goal=Goal("bits", 2.0)),
+        "rope_parameters": LOW_RANK,
+        "'rows'|'svd'": CompressOptions("adamix", Goal("bits", 2.0), calibration=AMOUNT),
     }
     for words, chosen in options.items():
         compress(made.base, made.tuned, out, chosen, calibration=None)
