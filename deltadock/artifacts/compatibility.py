@@ -46,6 +46,14 @@ def vocabulary(config: Mapping[str, Any]) -> int | None:
     return size if isinstance(size, int) and not isinstance(size, bool) else None
 
 
+def with_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """A parsed config.json with another `vocabulary`."""
+    nested = config.get("text_config")
+    if VOCABULARY not in config and isinstance(nested, dict):
+        return {**config, "text_config": nested | {VOCABULARY: size}}
+    return {**config, VOCABULARY: size}
+
+
 def check_structure(base: Mapping[str, Any], finetuned: Mapping[str, Any]) -> None:
     """Reject a fine-tune whose heads or activations are spelled differently than the base's.
 
@@ -66,16 +74,13 @@ def check_structure(base: Mapping[str, Any], finetuned: Mapping[str, Any]) -> No
         check_structure(before, after)
 
 
-def _vocabulary_extended(
+def _vocabulary_resized(
     before: tuple[int, ...], after: tuple[int, ...], tokens: tuple[int | None, int | None]
 ) -> bool:
-    """Whether a tensor has one row per token and the vocabulary has grown."""
-    old, new = tokens
+    """Whether a tensor has one row per token and the vocabulary has been resized."""
     return (
-        old is not None
-        and new is not None
-        and old < new
-        and (before[:1], after[:1]) == ((old,), (new,))
+        None not in tokens
+        and (before[:1], after[:1]) == (tokens[:1], tokens[1:])
         and before[1:] == after[1:]
     )
 
@@ -83,8 +88,8 @@ def _vocabulary_extended(
 def check_same_architecture(base: CheckpointManifest, finetuned: CheckpointManifest) -> None:
     """Reject a fine-tune whose tensors, shapes or structure differ from its base's.
 
-    The vocabulary may be larger than the base's; tensors with one row per token then have more
-    rows.
+    The vocabulary may be larger or smaller than the base's; tensors with one row per token then
+    have more or fewer rows.
 
     Raises:
         ArchitectureMismatch: tensors or keys differ; the message names the first.
@@ -186,11 +191,6 @@ def match_tensors(
         owner, method = ("fine-tune", ours) if ours else ("base", theirs)
         raise _quantized(f"The {owner}'s weights are", method or "")
     tokens = (vocabulary(base.config), vocabulary(finetuned.config))
-    if tokens[0] is not None and tokens[1] is not None and tokens[1] < tokens[0]:
-        raise ArchitectureMismatch(
-            f"The fine-tune's vocabulary has {tokens[1]} tokens, fewer than the base's "
-            f"{tokens[0]}. Call resize_token_embeddings({tokens[0]}) on it and save it again."
-        )
     before = {t.name: t for t in base.tensors if not is_buffer(t.name, t.shape)}
     if (own := _own_head(base, finetuned)) is not None:
         before |= tied_head(base, own)
@@ -208,11 +208,11 @@ def match_tensors(
         shape = matched[name].shape
         if 0 in shape and 0 not in entry.shape:
             raise InvalidCheckpoint(f"Tensor {name!r} of the fine-tune is empty: {EMPTY_TENSOR}")
-        if shape != entry.shape and not _vocabulary_extended(entry.shape, shape, tokens):
+        if shape != entry.shape and not _vocabulary_resized(entry.shape, shape, tokens):
             raise ArchitectureMismatch(
                 f"Tensor {name!r} has shape {list(shape)} in the fine-tune, but "
-                f"{list(entry.shape)} in the base. Only a vocabulary that config.json says has "
-                "grown may add rows."
+                f"{list(entry.shape)} in the base. Only a vocabulary that config.json says is "
+                "another may have other rows."
             )
     return matched
 

@@ -1,14 +1,15 @@
 """From the encodings of linear maps to an artifact's tensors, carried files and manifest."""
 
 import base64
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from deltadock.artifacts.checkpoint import CheckpointManifest
-from deltadock.artifacts.compatibility import differing_files
+from deltadock.artifacts.checkpoint import CONFIG, CheckpointManifest
+from deltadock.artifacts.compatibility import differing_files, with_vocabulary
 from deltadock.artifacts.encodings import (
     Encoded,
     SvdMatrix,
@@ -160,6 +161,9 @@ def carried_files(base: CheckpointManifest, finetuned: CheckpointReader) -> Carr
     texts, others = read_carried(
         finetuned.folder, [path for path, file in differing.items() if file]
     )
+    if finetuned.vocabulary is not None:
+        config = with_vocabulary(finetuned.manifest.config, finetuned.vocabulary)
+        texts[CONFIG] = json.dumps(config, indent=2)
     return texts | {path: None for path, file in differing.items() if file is None}, others
 
 

@@ -1,5 +1,6 @@
 """Base and fine-tuned checkpoints, read one tensor at a time from safetensors files."""
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -46,6 +47,10 @@ KEPT_LAYERS: Final = (
 DROPPED_LAYERS: Final = (
     "The fine-tune's layers for predicting further tokens, which transformers does not load, are "
     "left out: the base lacks them."
+)
+
+SMALLER_VOCABULARY: Final = (
+    "The fine-tune has fewer tokens than its base: for the rest, the base's rows are kept."
 )
 
 INHERITED_TOKENIZER: Final = "The fine-tune has no tokenizer: the base's is used."
@@ -101,6 +106,7 @@ class CheckpointReader:
         entries: tensors by name; those of a fine-tune by its base's names (`align`).
         non_finite: names of tensors, as stored, that hold NaN or an infinity.
         replaced: row numbers and rows that are read in place of the stored ones, by tensor.
+        further: rows of the base that are read after the stored ones, by tensor (`align`).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -113,6 +119,7 @@ class CheckpointReader:
         self.non_finite: set[str] = set()
         self.manifest = scan_folder(folder, self.non_finite)
         self.replaced: dict[str, tuple[Tensor, Tensor]] = {}
+        self.further: dict[str, Tensor] = {}
         self.entries: dict[str, TensorEntry] = {t.name: t for t in self.manifest.tensors}
 
     def __contains__(self, name: object) -> bool:
@@ -122,6 +129,8 @@ class CheckpointReader:
         """Load a tensor in its stored dtype, on the CPU."""
         with self._open(name) as file:
             tensor: Tensor = file.get_tensor(self.entries[name].name)
+        if name in self.further:
+            tensor = torch.cat([tensor, self.further[name].to(tensor.dtype)])
         if name in self.replaced:
             numbers, rows = self.replaced[name]
             tensor = tensor.index_copy(0, numbers, rows.to(tensor.dtype))
@@ -151,6 +160,11 @@ class CheckpointReader:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensor shapes by name."""
         return {name: entry.shape for name, entry in self.entries.items()}
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of the embedding and head that `further` completes; None: as many as stored."""
+        return next((self.entries[name].shape[0] for name in self.further), None)
 
     @property
     def parameters(self) -> int:
@@ -275,7 +289,8 @@ def align(base: CheckpointReader, finetuned: CheckpointReader) -> None:
     """Let both readers name their tensors alike, as the base does.
 
     A head that the base ties to its embedding is a tensor of the base too if the fine-tune has one.
-    Layers that predict further tokens are left out if only one of the two has them.
+    Layers that predict further tokens are left out if only one of the two has them. A smaller
+    vocabulary is completed by the base's rows.
 
     Raises:
         InvalidInput: they do not belong together: as `match_tensors` and `check_same_forward`.
@@ -288,6 +303,13 @@ def align(base: CheckpointReader, finetuned: CheckpointReader) -> None:
         if name in finetuned.entries:
             base.entries[name] = entry
     check_same_forward(base.manifest.config, finetuned.manifest.config)
+    for name, entry in finetuned.entries.items():
+        shape = base.entries[name].shape
+        if entry.shape[:1] < shape[:1]:
+            finetuned.further[name] = base.tensor(name)[entry.shape[0] :]
+            whole = to_numpy(finetuned.tensor(name), entry.dtype)
+            digest = hashlib.sha256(whole.tobytes()).hexdigest()
+            finetuned.entries[name] = replace(entry, shape=shape, sha256=digest)
 
 
 def open_pair(
@@ -318,6 +340,8 @@ def open_pair(
         for entry in after.manifest.tensors
     ):
         ignored = [DROPPED_LAYERS, *ignored]
+    if after.vocabulary is not None:
+        ignored = [SMALLER_VOCABULARY, *ignored]
     unused = keep_unused_rows(before, after)
     pair = CheckpointPair(before, after)
     doubt = [] if are_related(pair) else [UNRELATED]

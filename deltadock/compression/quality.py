@@ -81,7 +81,7 @@ def evaluate(
         artifact.check_intact()
         after = CheckpointReader(finetuned)
         align(before, after)
-        model = BlockwiseModel(finetuned, device, after.entries)
+        model = BlockwiseModel(finetuned, device, after.entries, after.vocabulary)
         model.check(after.shapes)
         tokenizer_base = CheckpointPair(before, after).tokenizer_base
         return measure(

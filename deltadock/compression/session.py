@@ -130,7 +130,9 @@ class CompressionSession:
     def _model(self) -> BlockwiseModel:
         """The fine-tune's skeleton; raises UnsupportedModel if it cannot be run."""
         finetuned = self.pair.finetuned
-        model = BlockwiseModel(finetuned.folder, self._device, finetuned.entries)
+        model = BlockwiseModel(
+            finetuned.folder, self._device, finetuned.entries, finetuned.vocabulary
+        )
         model.check(finetuned.shapes)
         return model
 

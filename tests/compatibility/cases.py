@@ -299,6 +299,19 @@ def vision_lora(home: Path) -> Made:
     return save_adapter(home, model, None, False, LoraConfig, settings)
 
 
+def smaller(*, tied: bool) -> Callable[[Path], Made]:
+    """A pair whose fine-tune's vocabulary was resized to its tokenizer's size."""
+
+    def make(home: Path) -> Made:
+        made = pair(home, tied=tied)
+        tuned = copy.deepcopy(made.model)
+        tuned.resize_token_embeddings(256)
+        tuned.save_pretrained(made.tuned)
+        return made._replace(model=tuned)
+
+    return make
+
+
 def prediction_layers(*, stored: bool) -> Callable[[Path], Made]:
     """A base with a layer that predicts a further token; `stored`: the fine-tune has it too."""
 
@@ -608,6 +621,11 @@ CASES: tuple[Case, ...] = (
          retied, "the embedding is the head"),
     Case("any", "weights and config.json only", without_tokenizer,
          "the base's tokenizer, if both have as many tokens, with a note in the report"),
+    *(
+        Case("transformers, TRL, axolotl", f"a smaller vocabulary than the base's, {head}",
+             smaller(tied=tied), "the base's rows are kept beyond it, with a note in the report")
+        for head, tied in (("untied", False), ("tied head", True))
+    ),
     Case("transformers, TRL, axolotl",
          "DeepSeek-V3 or GLM-4.5 without the layers for predicting further tokens",
          prediction_layers(stored=False),

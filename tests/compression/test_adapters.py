@@ -17,6 +17,7 @@ from deltadock.artifacts.encodings import Encoded, decode_dense, decode_floats
 from deltadock.artifacts.export import merge
 from deltadock.artifacts.folder import read_headers
 from deltadock.artifacts.reader import Artifact
+from deltadock.artifacts.tensors import apply_delta
 from deltadock.artifacts.writer import write_artifact
 from deltadock.compression.adapters.encoding import adapter_digest, encode_adapter
 from deltadock.compression.adapters.importing import evaluate_adapter, import_adapter
@@ -173,6 +174,54 @@ def test_a_resized_vocabulary(base: Path, make_adapter: MakeAdapter) -> None:
     assert (trained.record["kind"], trained.record["shape"]) == ("exact", [259, 64])
     with pytest.raises(InvalidAdapter, match="259 tokens in the embedding, but 256 in the head"):
         encode_adapter(CheckpointReader(base), make_adapter({name: longer[name]}))
+
+
+def test_tokens_that_are_trained_alone_are_small(base: Path, make_adapter: MakeAdapter) -> None:
+    table, name = CheckpointReader(base).tensor(f"{EMBEDDING}.weight"), f"{EMBEDDING}.weight"
+    rows = torch.randn(2, 64)
+    tokens = {f"{EMBEDDING}.token_adapter.trainable_tokens_delta": rows}
+
+    def encode(numbers: Any, tensors: Tensors = tokens) -> Encoded:
+        adapter = make_adapter(tensors, trainable_token_indices=numbers)
+        return encode_adapter(CheckpointReader(base), adapter)[name]
+
+    for numbers in ([7, 200], {"embed_tokens": [7, 200]}):
+        encoded = encode(numbers)
+        assert encoded.nbytes < 1024 < table.nbytes
+        expected = table.index_copy(0, torch.tensor([7, 200]), rows.to(table.dtype))
+        assert torch.equal(apply_delta(encoded, table), expected)
+    for numbers, words in (
+        ([7], "names 1 token of it"),
+        ({"lm_head": [7, 200]}, "names 0 tokens of it"),
+        ([7, 256], "the token 256.*256 rows in the base"),
+        ([7, 7], "another setting wrong"),
+        ([7, -1], "another setting wrong"),
+        ("7", "another setting wrong"),
+    ):
+        with pytest.raises(InvalidAdapter, match=words):
+            encode(numbers)
+    with_factors = {
+        f"{EMBEDDING}.lora_embedding_A": torch.randn(4, 256),
+        f"{EMBEDDING}.lora_embedding_B": torch.randn(64, 4),
+    }
+    with pytest.raises(InvalidAdapter, match=r"factors too.*merge_and_unload"):
+        encode([7, 200], tokens | with_factors)
+
+
+def test_adapters_that_add_tokens_are_sampled_from(
+    make_pair: Callable[..., tuple[Path, Path]], make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    base, _ = make_pair(tied=True)
+    table = CheckpointReader(base).tensor(f"{EMBEDDING}.weight")
+    longer = {f"{EMBEDDING}.weight": torch.cat([table, torch.ones_like(table[:3])])}
+    adapter = make_adapter(factors(64, 64) | longer, ensure_weight_tying=True)
+    amount = CalibrationOptions(tokens=256, length=32)
+    report = import_adapter(
+        base, adapter, tmp_path / "a.delta",
+        CompressOptions("lora", calibration=amount), calibration=[], progress=ProgressReporter(),
+    )  # fmt: skip
+    assert report.quality is not None
+    assert report.quality.kl == 0 < report.quality.kl_base
 
 
 @pytest.mark.parametrize("square", [False, True])

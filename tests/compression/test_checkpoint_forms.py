@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BloomModel, GPT2Model, MptConfig,
 
 from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
-from deltadock.compression.checkpoints import CheckpointReader
+from deltadock.compression.checkpoints import SMALLER_VOCABULARY, CheckpointReader
 from deltadock.compression.model.forward import BlockwiseModel
 from deltadock.compression.options import CalibrationOptions, CompressOptions, Goal, Source
 from deltadock.compression.pipeline import compress
@@ -46,6 +46,33 @@ def run(pair: Pair, text: Path, tmp_path: Path) -> tuple[Report, dict[str, str]]
     merge(pair[0], out, tmp_path / "merged")
     with Artifact(out) as artifact:
         return report, {name: record["kind"] for name, record in artifact.records.items()}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_smaller_vocabulary_is_completed_by_the_bases(
+    make_pair: Callable[..., Pair], text: Path, tmp_path: Path, tied: bool
+) -> None:
+    """The head, which the fine-tune has not changed, takes no room."""
+    base, tuned = make_pair(tied=tied)
+    tables = ["model.embed_tokens.weight", *([] if tied else ["lm_head.weight"])]
+
+    def longer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        more = {name: torch.cat([tensors[name], tensors[name][:4]]) for name in tables}
+        return {**tensors, **more}
+
+    rewrite(tuned, lambda tensors: {**tensors, **{n: load_file(base / WEIGHTS)[n] for n in tables}})
+    rewrite(base, longer)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "vocab_size": 260}))
+    report, kinds = run((base, tuned), text, tmp_path)
+    assert SMALLER_VOCABULARY in report.notes
+    assert not kinds.keys() & set(tables)
+    assert report.quality is not None
+    assert 0 < report.quality.kl < 0.5 * report.quality.kl_base
+    assert evaluate(base, tuned, tmp_path / "a.delta", text).kl < 0.5 * report.quality.kl_base
+    merged = load_file(tmp_path / "merged" / WEIGHTS)
+    assert all(torch.equal(merged[n], load_file(base / WEIGHTS)[n]) for n in tables)
+    assert json.loads((tmp_path / "merged/config.json").read_text())["vocab_size"] == 260
 
 
 def blockwise_logits(folder: Path) -> Tensor:

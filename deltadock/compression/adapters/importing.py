@@ -6,7 +6,6 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,7 +18,7 @@ from deltadock.artifacts.checkpoint import (
     TOKENIZER_CONFIG,
     configures_chat,
 )
-from deltadock.artifacts.compatibility import TIED, VOCABULARY, is_tied
+from deltadock.artifacts.compatibility import TIED, is_tied, with_vocabulary
 from deltadock.artifacts.encodings import (
     Encoded,
 )
@@ -267,14 +266,11 @@ def _carried(
     rows = max(
         (shape[0] for name, shape in shapes.items() if shape > base.entries[name].shape), default=0
     )
-    config, changes = base.manifest.config, dict[str, Any]()
-    nested = config.get("text_config")
-    if rows and VOCABULARY not in config and isinstance(nested, dict):
-        changes["text_config"] = nested | {VOCABULARY: rows}
-    elif rows:
-        changes[VOCABULARY] = rows
+    config = base.manifest.config
+    if rows:
+        config = with_vocabulary(config, rows)
     if untied:
-        changes[TIED] = False
-    if changes:
-        texts[CONFIG] = json.dumps(config | changes, indent=2)
+        config = config | {TIED: False}
+    if rows or untied:
+        texts[CONFIG] = json.dumps(config, indent=2)
     return texts, others

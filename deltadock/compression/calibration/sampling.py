@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.utils import logging
 
-from deltadock.artifacts.names import is_head
+from deltadock.artifacts.names import is_embedding, is_head
 from deltadock.compression.calibration.sources import encode
 from deltadock.compression.model.families import auto_class
 from deltadock.errors import InvalidCalibration, UnsupportedModel
@@ -97,11 +97,14 @@ class TextSampler:
         self._generator = torch.Generator(self._device).manual_seed(seed)
 
     def _change(self, changes: Mapping[str, Tensor]) -> None:
-        """Replace weights; a tied head among them becomes one of its own.
+        """Replace weights; a tied head among them becomes one of its own, and tokens may be added.
 
         Raises:
             UnsupportedModel: the model has no such weight, or in another shape.
         """
+        table = next((tensor for name, tensor in changes.items() if is_embedding(name)), None)
+        if table is not None and len(table) > self._model.get_input_embeddings().num_embeddings:
+            self._model.resize_token_embeddings(len(table), mean_resizing=False)
         weights = dict(self._model.named_parameters())
         head = self._model.get_output_embeddings()
         for name, tensor in changes.items():

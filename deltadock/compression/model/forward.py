@@ -70,9 +70,15 @@ class BlockwiseModel:
     """
 
     def __init__(
-        self, folder: Path, device: str = "cpu", names: Collection[str] | None = None
+        self,
+        folder: Path,
+        device: str = "cpu",
+        names: Collection[str] | None = None,
+        vocabulary: int | None = None,
     ) -> None:
         """Build the skeleton for sources with the tensors `names`; None: those of `folder`.
+
+        `vocabulary` is their number of tokens; None: as the configuration says.
 
         Raises:
             UnsupportedModel: the family is not supported, `transformers` cannot build the model,
@@ -80,8 +86,11 @@ class BlockwiseModel:
         """
         self.device = torch.device(device)
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        config = read_config(folder)
+        if vocabulary is not None:
+            config.get_text_config(decoder=True).vocab_size = vocabulary
         self._skeleton = Skeleton(
-            read_config(folder),
+            config,
             tensor_names(folder) if names is None else names,
             self.device,
             self.dtype,
