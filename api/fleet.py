@@ -34,6 +34,8 @@ class NodeView:
     draining: bool
     capacity: int
     admitted: int
+    context_tokens: int | None
+    """Of the longest sequence, the answer included."""
     lives_seconds: float
     """Its registration expires after this time without a heartbeat."""
     tiers: Mapping[str, str]
@@ -50,6 +52,7 @@ class NodeView:
             draining=node.draining,
             capacity=node.capacity,
             admitted=node.admitted,
+            context_tokens=node.context_tokens,
             lives_seconds=(node.expires_at - node.seen_at).total_seconds(),
             tiers={held["digest"]: held["tier"] for held in node.deltas},
         )
@@ -117,6 +120,12 @@ class Fleet:
     async def candidates(self, target: ModelTarget) -> list[NodeView]:
         """The nodes that can serve `target`, best first."""
         return rank(await self.nodes(), target, self._sent)
+
+    async def longest_context(self, target: ModelTarget) -> int | None:
+        """Tokens that no sequence of `target` exceeds, prompt and answer; None: not known."""
+        found = [node.context_tokens for node in await self.candidates(target)]
+        known = [tokens for tokens in found if tokens is not None]
+        return max(known) if known and len(known) == len(found) else None
 
     async def is_registered(self, node: NodeView) -> bool:
         """Whether the node's registration is unexpired."""

@@ -109,6 +109,9 @@ class NodeIn(RequestBody):
     capacity: int = Field(ge=1, le=2**31 - 1, description="Maximum sequences.")
     admitted: int = Field(ge=0, le=2**31 - 1, description="Current sequences.")
     delta_slots: int = Field(ge=0, le=2**31 - 1)
+    context_tokens: int | None = Field(
+        default=None, ge=1, le=2**31 - 1, description="Of the longest sequence, with its answer."
+    )
     deltas: list[HeldDeltaIn] = Field(default=[], max_length=MAX_DELTAS)
     damaged: list[Digest] = Field(
         default=[],

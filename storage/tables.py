@@ -682,6 +682,8 @@ class NodeRow(TableRow):
     admitted: Mapped[int]
     """Current sequences, running and waiting."""
     delta_slots: Mapped[int]
+    context_tokens: Mapped[int | None]
+    """Of the longest sequence, the answer included; None: its version reports none."""
     deltas: Mapped[list[HeldDelta]]
     usage: Mapped[dict[str, Any] | None]
     """Throughput, latency and memory, see `NodeSampleRow`; None: its version reports none."""

@@ -122,7 +122,7 @@ async def _forward(
 
     target = await run_in_threadpool(find)
     content = body.model_dump(exclude_unset=True)
-    async with Meter.of(resources.rates, caller, content) as meter:
+    async with Meter.of(resources, caller, target, content) as meter:
         answer = await ask_nodes(resources, request, target, path, content, meter)
         return ForwardedResponse(answer, meter)
 

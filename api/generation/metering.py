@@ -13,6 +13,8 @@ import httpx
 
 from deltadock.api.access import Caller
 from deltadock.api.access.rates import Rates, Reservation
+from deltadock.api.dependencies import Resources
+from deltadock.model_target import ModelTarget
 from deltadock.openai.fields import PROMPT_TOKENS_HEADER
 
 ANSWER_TOKENS: Final = 1024
@@ -43,7 +45,7 @@ class Meter:
     @classmethod
     @asynccontextmanager
     async def of(
-        cls, rates: Rates, caller: Caller, body: dict[str, Any]
+        cls, resources: Resources, caller: Caller, target: ModelTarget, body: dict[str, Any]
     ) -> AsyncIterator[Self | None]:
         """A meter for the request of a caller whose tokens are limited.
 
@@ -55,8 +57,9 @@ class Meter:
         if caller.tokens_per_minute is None:
             yield None
             return
-        reserved = await rates.reserve_tokens(caller, _most_tokens(body))
-        meter = cls(rates, caller, body, reserved)
+        most = _most_tokens(body, await resources.fleet.longest_context(target))
+        reserved = await resources.rates.reserve_tokens(caller, most)
+        meter = cls(resources.rates, caller, body, reserved)
         try:
             yield meter
         except BaseException:
@@ -127,8 +130,11 @@ class Meter:
         return not (self._hides_usage and not json.loads(data).get("choices"))
 
 
-def _most_tokens(body: dict[str, Any]) -> int:
-    """About how many tokens a request takes at most: an estimate, as the api has no tokenizer."""
+def _most_tokens(body: dict[str, Any], context: int | None) -> int:
+    """About how many tokens a request takes at most: an estimate, as the api has no tokenizer.
+
+    An answer and its prompt have at most `context` together.
+    """
     limits = ("max_completion_tokens", "max_output_tokens", "max_tokens")
     most = next(filter(None, map(body.get, limits)), None)
     if most is None:
@@ -136,7 +142,8 @@ def _most_tokens(body: dict[str, Any]) -> int:
     prompts, answers = body.get("prompt"), body.get("n") or 1
     if isinstance(prompts, list) and not isinstance(prompts[0], int):  # not one of token ids
         answers *= len(prompts)
-    return len(json.dumps(body)) // TOKEN_CHARACTERS + answers * int(most)
+    estimate = len(json.dumps(body)) // TOKEN_CHARACTERS + answers * int(most)
+    return estimate if context is None else min(estimate, answers * context)
 
 
 async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -139,7 +139,7 @@ async def generate(
         Unavailable: no node could answer, or its response is not a completion.
     """
     completion_request = {"model": model, **body.model_dump(exclude_none=True)}
-    async with Meter.of(resources.rates, caller, completion_request) as meter:
+    async with Meter.of(resources, caller, target, completion_request) as meter:
         answer = await ask_nodes(resources, request, target, COMPLETIONS, completion_request, meter)
         completion = _completion(answer.status, await answer.read())
         if meter is not None:

@@ -170,6 +170,9 @@ class InferenceNode:
             "capacity": self._admission.limit,
             "admitted": self.admitted,
             "delta_slots": self.settings.node_max_deltas,
+            "context_tokens": (
+                self.settings.node_context_tokens if base is None else base.engine.context_tokens
+            ),
             "deltas": [delta._asdict() for delta in self.held()[:MAX_REPORTED_DELTAS]],
             "usage": self._usage.read()._asdict(),
         }

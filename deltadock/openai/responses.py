@@ -90,7 +90,11 @@ class InputItem(RequestPart):
 
 def _items(value: Any) -> Any:
     """A text as the user's turn."""
-    return [{"role": "user", "content": value}] if isinstance(value, str) else value
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    if not isinstance(value, list):
+        raise field_error("must be a string, or a list of messages, calls and their results.")
+    return value
 
 
 class ResponseTool(RequestPart):

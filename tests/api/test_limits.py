@@ -374,6 +374,11 @@ class TestTokens:
     def test_requests_at_once_are_within_the_limit_together(
         self, tenant: Api, node: StandInNode, route: str
     ) -> None:
+        self.at_once(tenant, node, route, refused=5)
+        assert self.left_without_asking(tenant) == 12, "what it did not take is given back"
+
+    def at_once(self, tenant: Api, node: StandInNode, route: str, *, refused: int) -> None:
+        """Ask six times while none is answered: so many are refused, and only for now."""
         go_on = threading.Event()
 
         class Held(JSONResponse):
@@ -387,19 +392,26 @@ class TestTokens:
         node.answer = Held(
             {"id": "c", "created": 1, "model": "tiny", "choices": [choice], "usage": usage}
         )
-        body = self.ASK if route == "/v1/completions" else {"prompt": "x"}
+        ask = self.ASK if route == "/v1/completions" else {"prompt": "x"}
+        body = {**ask, "max_tokens": 1024}
         with ThreadPoolExecutor(6) as pool:
             asked = [pool.submit(tenant.client.post, route, json=body) for _ in range(6)]
             try:
-                wait_until(lambda: sum(one.done() for one in asked) == 5, 10)
+                wait_until(lambda: sum(one.done() for one in asked) == refused, 10)
             finally:
                 go_on.set()
             answers = [one.result() for one in asked]
         refusals = [answer for answer in answers if answer.status_code == 429]
-        assert len(refusals) == 5
+        assert len(refusals) == refused
         assert {answer.status_code for answer in answers} == {200, 429}
         assert all(int(answer.headers["retry-after"]) <= 5 for answer in refusals)
-        assert self.left_without_asking(tenant) == 12, "what it did not take is given back"
+
+    def test_no_more_is_reserved_than_a_context_has(
+        self, api: Api, tenant: Api, node: StandInNode, node_url: str
+    ) -> None:
+        api.register(node_url, base=tenant.base(), context_tokens=10)
+        self.at_once(tenant, node, "/v1/completions", refused=4)
+        assert self.left_without_asking(tenant) == 4
 
     def test_a_reservation_is_not_given_back_to_a_later_minute(
         self, tenant: Api, node: StandInNode, monkeypatch: pytest.MonkeyPatch

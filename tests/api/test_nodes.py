@@ -32,7 +32,8 @@ def view(name: str, **fields: Any) -> NodeView:
     return NodeView(
         **{
             "id": name, "url": f"http://{name}", "base_digest": BASE, "adopts": False,
-            "draining": False, "capacity": 10, "admitted": 0, "lives_seconds": 10.0, "tiers": {},
+            "draining": False, "capacity": 10, "admitted": 0, "context_tokens": None,
+            "lives_seconds": 10.0, "tiers": {},
             **fields,
         }
     )  # fmt: skip

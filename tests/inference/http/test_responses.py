@@ -161,6 +161,7 @@ def test_what_ends_a_stream_is_its_last_event(
         ({"input": [{"type": "reasoning", "id": "x"}]}, "input[0]", "is of the type 'reasoning'"),
         ({"input": [{"type": ["x"]}]}, "input[0]", "is of the type"),
         ({"input": []}, "input", "at least 1"),
+        ({"input": {"role": "user"}}, "input", "`input` must be a string, or a list of messages"),
         ({"input": [{"role": "user"}]}, "input[0].content", "is missing; send it."),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
