@@ -1,7 +1,7 @@
 """Tools and their calls where a chat template reads them, if not where OpenAI's requests have them.
 
 Phi-4-mini's reads tools in the system message, SmolLM3's in a variable of its own. Those two and
-Granite 3's leave out the calls of earlier turns.
+Granite 3's leave out the calls of earlier turns. FunctionGemma's names the function of a result.
 """
 
 import json
@@ -23,6 +23,7 @@ def place_tools(
 
     Returns further variables for the template.
     """
+    _name_results(messages)
     if "tool_calls" not in template:
         _write_calls(template, messages)
     if tools and IN_SYSTEM_MESSAGE.search(template):
@@ -31,6 +32,18 @@ def place_tools(
         functions = [tool["function"] for tool in tools]
         messages[0]["tools"] = json.dumps(functions, ensure_ascii=False)
     return {"xml_tools": tools} if tools and "xml_tools" in template else {}
+
+
+def _name_results(messages: Sequence[dict[str, Any]]) -> None:
+    """Name the function in each result of a call, which has the call's id alone at OpenAI."""
+    names = {
+        call["id"]: call["function"]["name"]
+        for message in messages
+        for call in message.get("tool_calls", ())
+    }
+    for message in messages:
+        if message["role"] == "tool" and (name := names.get(message.get("tool_call_id"))):
+            message.setdefault("name", name)
 
 
 def _write_calls(template: str, messages: list[dict[str, Any]]) -> None:

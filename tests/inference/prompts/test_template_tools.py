@@ -81,3 +81,11 @@ def test_calls_of_earlier_turns_are_in_the_prompt(template: str, calls: str) -> 
     ]
     assert rendered(template, turns) == calls
     assert turns[0]["content"] == "So."
+
+
+def test_results_have_the_names_of_their_functions() -> None:
+    template = "{% for m in messages %}|{{ m.name }}{% endfor %}"
+    turns = [{"role": "assistant", "content": "", "tool_calls": CALLS}]
+    turns += [{"role": "tool", "content": "", "tool_call_id": key} for key in "dcx"]
+    turns += [{"role": "tool", "content": "", "tool_call_id": "c", "name": "mine"}]
+    assert rendered(template, turns) == "||g|f||mine"
