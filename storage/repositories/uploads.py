@@ -219,10 +219,11 @@ class UploadRepository:
         The totals count equal blobs once, and so all of these files, or none if the tenant uses
         the blob elsewhere.
         """
+        # Joined with them, SQLite would walk the files of all uploads, by their SHA-256.
+        unfinished = select(UploadRow.id).where(self._unfinished())
         waiting = (
             select(UploadFileRow.sha256, UploadFileRow.size, func.count().label("files"))
-            .join(UploadRow, UploadRow.id == UploadFileRow.upload_id)
-            .where(self._unfinished(), UploadFileRow.stored.is_(False))
+            .where(UploadFileRow.upload_id.in_(unfinished), UploadFileRow.stored.is_(False))
             .group_by(UploadFileRow.sha256, UploadFileRow.size)
             .subquery()
         )

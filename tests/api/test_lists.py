@@ -178,9 +178,11 @@ def test_all_that_is_asked_of_unfinished_uploads_finds_them_by_their_index(
     with executed(site) as statements, database.session_scope() as session:
         uploads = UploadRepository(session, EVERY_TENANT)
         uploads.count_unfinished()
+        UploadRepository(session, LOCAL_TENANT).bytes_to_arrive()
+        UploadRepository(session, LOCAL_TENANT).bytes_to_import()
         uploads.unleased()
         uploads.abandoned(datetime.now(UTC), 10)
-    assert len(statements) == 3
+    assert len(statements) == 5
     check_plans(site, statements)
 
 
