@@ -1,15 +1,19 @@
 """Jobs: every state transition is a compare-and-set; workers' updates require the lease."""
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
+    Subquery,
     and_,
+    case,
     delete,
     func,
     insert,
+    literal,
     or_,
     select,
     union_all,
@@ -56,7 +60,7 @@ _URGENCY: Final = {one: place for place, one in enumerate(JobPriority)}
 """The most urgent priority first."""
 
 MAX_WALKS: Final = 200
-"""Of one statement; SQLite takes up to 500."""
+"""Of an index, in one statement; SQLite takes up to 500."""
 
 
 class JobProgress(NamedTuple):
@@ -154,63 +158,65 @@ class JobRepository:
         if len(begun) == limit:
             return begun
         working = Counter(self.session.scalars(select(JobRow.tenant_id).where(_at_work(now))))
-        return [*begun, *self._new(limit - len(begun), working)]
+        limit -= len(begun)
+        while True:
+            new, wanted = self._first_new(limit, working)
+            own = (case(_URGENCY, value=new.c.priority), new.c.sent_at, new.c.id)
+            place = func.row_number().over(partition_by=new.c.tenant_id, order_by=own)
+            ahead = case(working, value=new.c.tenant_id, else_=0) if working else literal(0)
+            turn = (place + ahead, TenantRow.served_at.nulls_first(), new.c.sent_at, new.c.id)
+            queue = self.session.scalars(
+                select(new.c.id)
+                .join(TenantRow, TenantRow.id == new.c.tenant_id)
+                .order_by(*turn)
+                .limit(limit)
+            ).all()
+            if len(queue) >= wanted:  # else workers have taken some since they were counted
+                return [*begun, *queue]
 
-    def _new(self, limit: int, working: Counter[str]) -> Sequence[str]:
-        """Ids of the first jobs that no worker has begun; `working`: jobs at work, by tenant.
+    def _first_new(self, limit: int, working: Counter[str]) -> tuple[Subquery, int]:
+        """Jobs that no worker has begun, among them the first `limit`; and how many these are.
 
-        How many of a tenant and priority are among them follows from their numbers; no others are
-        read.
+        Their tenants take turns, each after its jobs that are at work. How many of a tenant and
+        priority are among the first follows from their numbers: no others are read, if that saves
+        anything.
         """
         of = (JobRow.tenant_id, JobRow.priority)
-        counted = self.session.execute(
+        groups = self.session.execute(
             select(*of, func.count().label("number")).where(_NEW).group_by(*of)
         ).all()
         waiting: Counter[str] = Counter()
-        for group in counted:
+        for group in groups:
             waiting[group.tenant_id] += group.number
 
-        def ahead(turns: int) -> dict[str, int]:
-            """How many of each tenant are among the first, after so many turns of each."""
+        def first(turns: int) -> dict[str, int]:
+            """The numbers of those that come in so many turns."""
             return {
                 one: min(max(turns - working[one], 0), number) for one, number in waiting.items()
             }
 
-        wanted, turns = min(limit, waiting.total()), 0
-        while sum(ahead(turns).values()) < wanted:
-            turns += 1
-        left, walks = ahead(turns), []
-        for group in sorted(counted, key=lambda group: _URGENCY[group.priority]):
+        every = waiting.total()
+        wanted = min(limit, every)
+        longest = wanted + max(working.values(), default=0)
+        turns = bisect_left(range(longest), wanted, key=lambda n: sum(first(n).values()))
+        left, walks = first(turns), []
+        jobs = select(JobRow.id, *of, JobRow.sent_at).where(_NEW)
+        if 2 * sum(left.values()) >= every:
+            return jobs.subquery(), wanted
+        for group in sorted(groups, key=lambda group: _URGENCY[group.priority]):
             number = min(left[group.tenant_id], group.number)
             left[group.tenant_id] -= number
             if number:
                 walks.append(
-                    select(JobRow.id, *of, JobRow.sent_at)
-                    .where(_NEW, JobRow.tenant_id == group.tenant_id)
+                    jobs.where(JobRow.tenant_id == group.tenant_id)
                     .where(JobRow.priority == group.priority)
                     .order_by(JobRow.sent_at, JobRow.id)
                     .limit(number)
                     .subquery()
                 )
-        rows = [
-            row
-            for first in range(0, len(walks), MAX_WALKS)
-            for row in self.session.execute(
-                union_all(*map(select, walks[first : first + MAX_WALKS]))
-            )
-        ]
-        if len(rows) < wanted:
-            return self._new(limit, working)  # workers have taken some since they were counted
-        tenants = select(TenantRow.id, TenantRow.served_at).where(TenantRow.id.in_(waiting))
-        served_at = {row.id: row.served_at for row in self.session.execute(tenants)}
-        queue = []
-        places = Counter(working)
-        for row in sorted(rows, key=lambda row: (_URGENCY[row.priority], row.sent_at, row.id)):
-            places[row.tenant_id] += 1
-            served = served_at[row.tenant_id]
-            place = places[row.tenant_id], served is not None, served
-            queue.append((*place, row.sent_at, row.id))
-        return [job_id for *_, job_id in sorted(queue)[:limit]]
+        if len(walks) > MAX_WALKS:
+            return jobs.subquery(), wanted
+        return union_all(*map(select, walks)).subquery(), wanted
 
     def retry(self, job_id: str) -> bool:
         """Queue a failed or cancelled job again; False if it is in another state."""

@@ -421,11 +421,12 @@ def test_waiting_jobs_are_placed_by_priority_and_then_by_their_turn(
     assert jobs.positions(rows) == places | {rows[3].id: 3, rows[0].id: 3}
 
 
+@pytest.mark.parametrize("walks", [5, 200])
 def test_the_queue_is_its_definition_however_much_of_it_is_read(
-    session: Session, monkeypatch: pytest.MonkeyPatch
+    session: Session, monkeypatch: pytest.MonkeyPatch, walks: int
 ) -> None:
     """Tenants by their turns; each with other numbers of jobs, at work and that wait."""
-    monkeypatch.setattr("deltadock.storage.repositories.jobs.MAX_WALKS", 2)
+    monkeypatch.setattr("deltadock.storage.repositories.jobs.MAX_WALKS", walks)
     chance = random.Random(0)
     tenants = [TenantRepository(session).add(name) for name in "abcd"]
     for tenant, served in zip(tenants, (None, None, 5, 3), strict=True):
