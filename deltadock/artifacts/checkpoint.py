@@ -100,6 +100,7 @@ _OTHER_FORMATS: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
 _INNER_CHECKPOINT: Final = re.compile(
     rf"(.+)/(?:{re.escape(ADAPTER_WEIGHTS)}|{re.escape(WEIGHTS)}|{re.escape(SHARD_INDEX)})"
 )
+_SHARD: Final = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _OTHER_WEIGHTS: Final = re.compile(r"(adapters?|consolidated|optimizer|ema)[._-].*|adapter_model.*")
 
 
@@ -231,16 +232,22 @@ def weight_files(paths: Collection[str], index_json: bytes | None) -> frozenset[
         index_json: the bytes of `SHARD_INDEX`, if present.
 
     Raises:
-        InvalidCheckpoint: the index is damaged, or names a shard that is not there.
+        InvalidCheckpoint: the index is damaged or missing, or names a shard that is not there.
     """
     if WEIGHTS in paths:
         return frozenset({WEIGHTS})
     if index_json is None:
-        return frozenset(
+        found = frozenset(
             path
             for path in paths
             if path.endswith(".safetensors") and "/" not in path and not _OTHER_WEIGHTS.match(path)
         )
+        if shards := sorted(filter(_SHARD.search, found)):
+            raise InvalidCheckpoint(
+                f"There is no {SHARD_INDEX}, without which transformers finds no shards such as "
+                f"{shards[0]}. Copy it too."
+            )
+        return found
     try:
         shards = frozenset(json.loads(index_json)["weight_map"].values())
         missing = sorted(str(shard) for shard in shards if shard not in paths)

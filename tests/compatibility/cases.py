@@ -488,6 +488,11 @@ def lost_shard(made: Made) -> None:
     min(made.tuned.glob("model-*.safetensors")).unlink()
 
 
+def lost_index(made: Made) -> None:
+    sharded(made)
+    (made.tuned / "model.safetensors.index.json").unlink()
+
+
 def emptied(tensors: Tensors) -> Tensors:
     return {name: torch.empty(0) if "proj" in name else t for name, t in tensors.items()}
 
@@ -748,6 +753,8 @@ CASES: tuple[Case, ...] = (
          "the message names them", InvalidAdapter, "checkpoint-20"),
     Case("transformers", "a shard of the index is missing", files(lost_shard), "copy it",
          InvalidCheckpoint, "is not there"),
+    Case("transformers", "shards without their index", files(lost_index), "copy it",
+         InvalidCheckpoint, "index.json.*Copy it"),
     Case("PEFT", "DoRA", lora(r=4, use_dora=True, target_modules=["q_proj"]), MERGE,
          InvalidAdapter, "use_dora.*merge_and_unload"),
     Case("PEFT", "`trainable_token_indices` of a tied embedding whose head has factors",
