@@ -242,10 +242,10 @@ def weight_files(paths: Collection[str], index_json: bytes | None) -> frozenset[
             for path in paths
             if path.endswith(".safetensors") and "/" not in path and not _OTHER_WEIGHTS.match(path)
         )
-        if shards := sorted(filter(_SHARD.search, found)):
+        if parts := sorted(filter(_SHARD.search, found)):
             raise InvalidCheckpoint(
                 f"There is no {SHARD_INDEX}, without which transformers finds no shards such as "
-                f"{shards[0]}. Copy it too."
+                f"{parts[0]}. Copy it too."
             )
         return found
     try:

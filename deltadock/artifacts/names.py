@@ -10,16 +10,23 @@ _INNER_LANGUAGE_MODEL: Final = (
     ("lm_head.", "language_model.lm_head."),
 )
 
+_TEXT_MODEL: Final = (("model.language_model.", "model."),)
+
 RENAMED: Final[Mapping[str, tuple[tuple[str, str], ...]]] = MappingProxyType(
     {
         "gpt_neox": (("lm_head.", "embed_out."),),
         "mixtral": ((".mlp.", ".block_sparse_moe."),),
-        "qwen2_5_vl": (("model.language_model.", "model."),),
+        "qwen2_5_vl": _TEXT_MODEL,
+        "qwen3_5": _TEXT_MODEL,
+        "qwen3_5_text": _TEXT_MODEL,
+        "qwen3_5_moe": _TEXT_MODEL,
+        "qwen3_5_moe_text": _TEXT_MODEL,
         "llava": _INNER_LANGUAGE_MODEL,
         "gemma3": _INNER_LANGUAGE_MODEL,
     }
 )
-"""Pieces of the modules' parameter names, and their names in checkpoints, by model_type."""
+"""Pieces of the modules' parameter names, and their names in checkpoints, by model_type: an adapter
+names the modules, of Qwen3.5 those of its text model alone."""
 
 BODY: Final = ("model.", "transformer.")
 """Prefixes of the body, which checkpoints of the body alone lack."""

@@ -14,7 +14,12 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Qwen2Config,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+)
 
 from deltadock.errors import (
     ArchitectureMismatch,
@@ -296,6 +301,27 @@ def vision_lora(home: Path) -> Made:
     """LoRA on the language part of a Qwen2.5-VL."""
     model = save_family(FAMILIES["qwen2.5-vl"], home / "base").float()
     settings = {"r": 4, "target_modules": r".*language_model.*\.(q_proj|v_proj|up_proj)"}
+    return save_adapter(home, model, None, False, LoraConfig, settings)
+
+
+def text_lora(home: Path) -> Made:
+    """LoRA on the text model that `AutoModelForCausalLM` makes of a Qwen3.5 that sees."""
+    text = {
+        "vocab_size": PADDED, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }  # fmt: skip
+    sight = {
+        "depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32,
+        "out_hidden_size": 32,
+    }  # fmt: skip
+    whole = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=sight))
+    whole.save_pretrained(home / "base")
+    save_tokenizer(home / "base")
+    rewrite(home / "base", with_mtp)
+    model = AutoModelForCausalLM.from_pretrained(home / "base", dtype=torch.float32)
+    settings = {"r": 4, "target_modules": ["q_proj", "in_proj_qkv", "up_proj"]}
     return save_adapter(home, model, None, False, LoraConfig, settings)
 
 
@@ -679,6 +705,7 @@ CASES: tuple[Case, ...] = (
     Case("FSDP with PEFT", "prefix `_fsdp_wrapped_module.`",
          lora(r=4, target_modules=["q_proj"], wrap=wrapped("_fsdp_wrapped_module."))),
     Case("PEFT", "LoRA on the language part of Qwen2.5-VL", vision_lora, served=False),
+    Case("PEFT", "LoRA on the text model of a Qwen3.5 that sees", text_lora, served=False),
     Case("PEFT", "LoRA on Conv1D layers and the head of GPT-2", gpt2_lora, served=False),
     Case("PEFT", "LoRA on a mixture's experts (`target_parameters`), Qwen3-MoE",
          expert_lora("qwen3-moe"), served=False),
