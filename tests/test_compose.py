@@ -1,5 +1,6 @@
 """The compose file and the Dockerfile."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,14 @@ def test_variables_are_the_topologys_settings(
     assert topology.keys() <= Settings.model_fields.keys()
     for name in APPLICATION:
         assert services[name]["environment"].keys() == expected, name
+
+
+def test_the_docs_make_the_secrets_that_the_file_demands() -> None:
+    demanded = set(re.findall(r"\$\{(\w+):\?", (ROOT / "docker-compose.yml").read_text()))
+    page = (ROOT / "docs" / "operate" / "index.md").read_text()
+    loop = re.search(r"^for name in (.*); do$", page, re.MULTILINE)
+    assert loop is not None
+    assert set(loop[1].split()) == demanded
 
 
 def test_dependencies_exist_and_have_healthchecks(services: dict[str, Any]) -> None:
