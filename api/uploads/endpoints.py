@@ -152,7 +152,13 @@ def create_upload(
             unit.after_commit.append(partial(resources.completer.submit, *work))
         else:
             upload = service.create_upload(
-                unit.session, resources.blobs, caller.tenant_id, body.kind, files, body.delta
+                unit.session,
+                resources.blobs,
+                caller.tenant_id,
+                body.kind,
+                files,
+                body.delta,
+                body.base,
             )
         return UploadOut.of(upload, settings.upload_ttl)
 

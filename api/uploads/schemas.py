@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
 from deltadock.api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, CheckpointOut, Digest, RequestBody
 from deltadock.artifacts.checkpoint import KNOWN_SUFFIXES
-from deltadock.names import NAME_PATTERN, SOURCE_PATTERN
+from deltadock.names import NAME_PATTERN, PART_PATTERN, SOURCE_PATTERN
 from deltadock.storage.blobs.parts import is_parted, part_bytes_for
 from deltadock.storage.tables import UploadFileRow, UploadKind, UploadRow, UploadState
 
@@ -65,6 +65,13 @@ class UploadIn(RequestBody):
         "or jobs, or the model was deleted. Quotas are left to the delta itself if the model has a "
         "version of this fine-tune, as the delta may be that.",
         examples=["maths/skills"],
+    )
+    base: str | None = Field(
+        default=None,
+        pattern=PART_PATTERN,
+        description="Name of the base that it will become. If announced weights must be sent, a "
+        "name that belongs to a checkpoint with other weights is refused now.",
+        examples=["maths"],
     )
     source: str | None = Field(
         default=None,

@@ -33,6 +33,7 @@ from deltadock.storage.blobs import BlobStore, PartedFile
 from deltadock.storage.blobs.parts import is_parted, part_bytes_for
 from deltadock.storage.database import Database, database_now
 from deltadock.storage.repositories import (
+    BaseRepository,
     CheckpointRepository,
     ModelRepository,
     UploadRepository,
@@ -93,14 +94,17 @@ def create_upload(
     kind: UploadKind,
     files: Collection[FileEntry],
     delta: str | None = None,
+    base: str | None = None,
 ) -> UploadRow:
     """Add an upload; of the announced files, those that the tenant has stored before are here.
 
-    `delta` is as for `_check_delta`, unless all are here: an equal delta may be, too.
+    `delta` is as for `_check_delta`, unless all are here: an equal delta may be, too. `base` is the
+    name of a base that it will become.
 
     Raises:
         QuotaExceeded: the others are more than the tenant may store.
         QuotaExceeded, RateLimited, Conflict: as `_check_delta`.
+        Conflict: the base's name belongs to another checkpoint.
     """
     uploads = UploadRepository(session, tenant_id)
     known = uploads.stored_files(kind, [file.sha256 for file in files]) if files else {}
@@ -126,9 +130,11 @@ def create_upload(
     with within_bytes(session, tenant_id):
         upload = uploads.add(kind, rows)
     is_here = upload.files and all(file.stored for file in upload.files)
+    digests = [file.sha256 for file in files if _is_weights(file.path)]
     if delta is not None and not is_here:
-        models = uploads.models_of([file.sha256 for file in files if _is_weights(file.path)])
-        _check_delta(session, tenant_id, delta, models)
+        _check_delta(session, tenant_id, delta, uploads.models_of(digests))
+    if base is not None and digests and not is_here:
+        BaseRepository(session, tenant_id).named(base, uploads.checkpoints_of(digests))
     return upload
 
 

@@ -282,7 +282,7 @@ def add_base(
         chosen = checked_base_name(name or folder.resolve().name)
         _warn_of_family(folder)
         with _upload_bar(hint) as progress:
-            checkpoint: Checkpoint = client.upload_folder(folder, progress)
+            checkpoint: Checkpoint = client.upload_folder(folder, progress, base=chosen)
         base: Base = client.create_base(chosen, checkpoint.digest)
     if as_json:
         print_resources(base)

@@ -276,6 +276,7 @@ class Client:
         progress: BytesProgress = ignore,
         *,
         delta: str | None = None,
+        base: str | None = None,
     ) -> Checkpoint:
         """Upload a checkpoint folder; returns the checkpoint with its digests.
 
@@ -285,18 +286,22 @@ class Client:
         Args:
             folder, progress: as for `push`.
             delta: name of the delta that it will become, if any.
+            base: name of the base that it will become, if any.
 
         Raises:
             QuotaExceeded: there is no room for it, or for another delta.
             RateLimited: the tenant may not run another job now.
-            Conflict: the delta's name is a deleted model's.
+            Conflict: the delta's name is a deleted model's, or the base's another checkpoint's.
             InvalidCheckpoint: the folder has no checkpoint files, or the server refuses them.
             HashMismatch: the server received other bytes than were sent.
             Unavailable: the server does not answer; call again to resume.
         """
         folder = Path(folder)
         names = sorted(folder_files(folder))
-        uploaded = self._upload("checkpoint", folder, names, progress, delta)["checkpoint"]
+        becomes = {
+            kind: name for kind, name in (("delta", delta), ("base", base)) if name is not None
+        }
+        uploaded = self._upload("checkpoint", folder, names, progress, **becomes)["checkpoint"]
         return Checkpoint.model_validate(uploaded)
 
     def upload_calibration(self, path: str | Path) -> str:
@@ -319,7 +324,7 @@ class Client:
         folder: Path,
         names: Iterable[str],
         progress: BytesProgress,
-        delta: str | None = None,
+        **becomes: str,
     ) -> JsonObject:
         with httpx.Client(
             timeout=TIMEOUT, verify=certificates(), event_hooks=self._stop.hooks
@@ -338,7 +343,7 @@ class Client:
                 return self.send(Call(method, path, _as_json, body=body.get("json")))
 
             uploader = Uploader(request, put, folder, progress, self._stop)
-            return uploader.upload(kind, names, delta)
+            return uploader.upload(kind, names, **becomes)
 
     def push(
         self,

@@ -51,20 +51,22 @@ class Uploader:
         self._progress = progress
         self._stop = stop
 
-    def upload(self, kind: str, names: Iterable[str], delta: str | None = None) -> JsonObject:
-        """Upload files as one upload, for the delta of this name; returns it, complete.
+    def upload(self, kind: str, names: Iterable[str], **becomes: str) -> JsonObject:
+        """Upload files as one upload; returns it, complete.
+
+        `becomes` names the `delta` or the `base` that they are for.
 
         An earlier upload of the same files that is still open is continued, also one to which
         another process sends them: what it has completed by then is not sent again.
 
         Raises:
-            QuotaExceeded, RateLimited, Conflict: the server would refuse the delta.
+            QuotaExceeded, RateLimited, Conflict: the server would refuse the delta or base.
             InvalidInput: the server rejects a file.
             Unavailable: the server does not answer; call again to resume.
         """
         with ThreadPoolExecutor(THREADS, "upload") as pool:
             files = list(pool.map(self._describe, names))
-            upload = self._open_upload(kind, files, delta)
+            upload = self._open_upload(kind, files, becomes)
             try:
                 return self._finish(pool, upload)
             except InvalidInput:
@@ -78,7 +80,9 @@ class Uploader:
             hashed.update(chunk)
         return {"path": name, "size": size, "sha256": hashed.hexdigest()}
 
-    def _open_upload(self, kind: str, files: list[JsonObject], delta: str | None) -> JsonObject:
+    def _open_upload(
+        self, kind: str, files: list[JsonObject], becomes: dict[str, str]
+    ) -> JsonObject:
         wanted = sorted((file["path"], file["size"], file["sha256"]) for file in files)
         opened = self._request("GET", "/v1/uploads?" + urlencode({"state": "open"}))
         for upload in opened["data"]:
@@ -86,10 +90,7 @@ class Uploader:
             if upload["kind"] == kind and sorted(found) == wanted:
                 earlier: JsonObject = upload
                 return earlier
-        body: JsonObject = {"kind": kind, "files": files}
-        if delta is not None:
-            body["delta"] = delta
-        return self._request("POST", "/v1/uploads", json=body)
+        return self._request("POST", "/v1/uploads", json={"kind": kind, "files": files, **becomes})
 
     def _finish(self, pool: ThreadPoolExecutor, upload: JsonObject) -> JsonObject:
         """Send what is missing and complete the upload, unless another process is faster.

@@ -148,11 +148,7 @@ class BaseRepository:
         """
         owner = owner_of(self.tenant)
         lock_key(self.session, "base", owner, name)
-        found = self.session.scalars(
-            select(BaseRow)
-            .options(joinedload(BaseRow.checkpoint))
-            .where(BaseRow.tenant_id == owner, BaseRow.name == name)
-        ).one_or_none()
+        found = self.named(name, {checkpoint.digest})
         if found is None:
             base = BaseRow(id=new_id("base"), tenant_id=owner, name=name, checkpoint=checkpoint)
             self.session.add(base)
@@ -163,14 +159,27 @@ class BaseRepository:
                 name=name, checkpoint=checkpoint.digest,
             )  # fmt: skip
             return base, True
-        if found.checkpoint_digest != checkpoint.digest:
-            raise Conflict(
-                f"The name {name!r} already belongs to checkpoint {found.checkpoint_digest}; "
-                "names are never reused for other bytes. Choose another one."
-            )
         if found.deleted_at is not None:
             self._restore(found)
         return found, False
+
+    def named(self, name: str, checkpoints: Collection[str]) -> BaseRow | None:
+        """The tenant's own base of this name, also a deleted one; None if there is none.
+
+        Raises:
+            Conflict: it is of none of these checkpoints.
+        """
+        found = self.session.scalars(
+            select(BaseRow)
+            .options(joinedload(BaseRow.checkpoint))
+            .where(BaseRow.tenant_id == owner_of(self.tenant), BaseRow.name == name)
+        ).one_or_none()
+        if found is not None and found.checkpoint_digest not in checkpoints:
+            raise Conflict(
+                f"The name {name!r} belongs to another checkpoint, {found.checkpoint_digest}; "
+                "names are never reused for other bytes. Choose another one."
+            )
+        return found
 
     def hold(self, base: BaseRow) -> None:
         """Keep the base from being deleted until the transaction ends.

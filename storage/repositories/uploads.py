@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from sqlalchemy import (
     ColumnElement,
+    Select,
     and_,
     bindparam,
     case,
@@ -273,18 +274,10 @@ class UploadRepository:
         Of one that has files with all these SHA-256, or was imported from `source`; it may have
         been dropped since.
         """
-        uploads = select(UploadRow.checkpoint_digest)
+        uploads = _with_weights(self.tenant, weights)
         if source is not None:
-            uploads = uploads.where(self._owned(), UploadRow.source == source)
-        else:
-            uploads = (
-                uploads.join(UploadFileRow, UploadFileRow.upload_id == UploadRow.id)
-                .where(
-                    owned_by(unindexed(UploadRow.tenant_id), self.tenant),
-                    UploadFileRow.sha256.in_(weights),
-                )
-                .group_by(UploadRow.id)
-                .having(func.count(UploadFileRow.sha256.distinct()) == len(set(weights)))
+            uploads = select(UploadRow.checkpoint_digest).where(
+                self._owned(), UploadRow.source == source
             )
         versions = select(DeltaRow.name).where(
             owned_by(DeltaRow.tenant_id, self.tenant),
@@ -292,6 +285,11 @@ class UploadRepository:
             DeltaRow.deleted_at.is_(None),
         )
         return set(self.session.scalars(versions.distinct()))
+
+    def checkpoints_of(self, weights: Collection[str]) -> set[str]:
+        """Digests of the checkpoints uploaded before that have files with all these SHA-256."""
+        digests = self.session.scalars(_with_weights(self.tenant, weights))
+        return {digest for digest in digests if digest is not None}
 
     def set_parts_token(self, upload_id: str, path: str, token: str | None) -> bool:
         """Set the token of a waiting file's parts, if it has none, or remove it.
@@ -494,3 +492,14 @@ class UploadRepository:
         upload.state = state
         upload.updated_at = database_now(self.session)
         self.session.flush()
+
+
+def _with_weights(tenant: Tenant, weights: Collection[str]) -> Select[str | None]:
+    """Selects the checkpoints of the tenant's uploads that have files with all these SHA-256."""
+    return (
+        select(UploadRow.checkpoint_digest)
+        .join(UploadFileRow, UploadFileRow.upload_id == UploadRow.id)
+        .where(owned_by(unindexed(UploadRow.tenant_id), tenant), UploadFileRow.sha256.in_(weights))
+        .group_by(UploadRow.id)
+        .having(func.count(UploadFileRow.sha256.distinct()) == len(set(weights)))
+    )

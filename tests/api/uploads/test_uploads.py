@@ -437,3 +437,20 @@ def test_the_error_names_folders_with_weights(api: Api) -> None:
     answer = api.client.post(f"/v1/uploads/{upload}/complete")
     assert (answer.status_code, answer.json()["code"]) == (409, "invalid_checkpoint")
     assert "such as 'checkpoint-20'" in answer.json()["detail"]
+
+
+def test_an_upload_for_a_base_whose_name_is_taken_is_refused_at_its_start(api: Api) -> None:
+    api.base("tiny", weights(0))
+    api.client.delete("/v1/bases/tiny").raise_for_status()  # its name stays taken
+    other, same = sha256(weights(1)), sha256(weights(0))
+
+    def announce(digest: str, **fields: Any) -> int:
+        files = [{"path": "model.safetensors", "size": len(weights(0)), "sha256": digest}]
+        body = {"kind": "checkpoint", "files": files, **fields}
+        return api.client.post("/v1/uploads", json=body).status_code
+
+    assert announce(other, base="tiny") == 409
+    assert announce(other, base="small") == 201
+    assert announce(other) == 201
+    api.resources.blobs.delete(same)  # as after damage: the base is sent again under its name
+    assert announce(same, base="tiny") == 201
