@@ -294,6 +294,11 @@ def alias(
 ) -> None:
     """Let an alias mean a version: `deltadock alias maths/skills:3 prod`. Without ALIAS: list."""
     model_name = name.partition("@")[0].partition(":")[0]
+    if alias is None and (remove or reason or expected is not None):
+        raise typer.BadParameter(
+            f"name the alias too, as in `deltadock alias {model_name} prod --rm`.",
+            param_hint="ALIAS",
+        )
     with connect(url) as client:
         if history:
             moves = (m for m in client.alias_moves(model_name) if alias in (None, m.alias))

@@ -310,6 +310,16 @@ def test_a_base_is_added_and_listed(call: Callable[..., Outcome], tmp_path: Path
     assert "second-base is back" in call("bases", "undo", "second-base").stderr
 
 
+def test_a_base_whose_name_is_taken_is_not_sent(deltadock: Command, tmp_path: Path) -> None:
+    first, second = (write_finetune(tmp_path / str(seed), seed) for seed in (21, 22))
+    assert deltadock("bases", "add", first, "-n", "taken").code == 0
+    refused = deltadock("bases", "add", second, "-n", "taken")
+    assert refused.code == 1
+    assert "'taken' belongs to another checkpoint" in refused.stderr
+    assert "uploading" not in refused.stderr
+    assert deltadock("bases", "add", first, "-n", "taken").code == 0
+
+
 def test_deltas_are_listed_and_shown(call: Callable[..., Outcome], pushed: list[str]) -> None:
     table = call("ls", "skills").stdout
     assert [name in table for name in pushed] == [True, True]
@@ -700,6 +710,8 @@ def test_a_wrong_setting_is_one_line(
         (("bases", "add", "{finetune}", "-n", "a/b"), 1, "is not a name for a base"),
         (("ls", "--sort", "best"), 2, "--sort"),
         (("alias", "maths/skills:1", "Prod!"), 1, "cannot be an alias"),
+        (("alias", "maths/skills@prod", "--rm"), 2, "`deltadock alias maths/skills prod --rm`"),
+        (("alias", "maths/skills:1", "-m", "evaluated"), 2, "name the alias too"),
         (("undo", "maths/skills:9"), 1, "no deleted delta"),
         (("logs", "job_none"), 1, "There is no job 'job_none'"),
         (("logs", "`client.x()`"), 1, "'`client.x()`' is not the name of a delta"),
