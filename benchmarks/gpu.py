@@ -1,6 +1,7 @@
 """All that a GPU has to say, in one command and nine minutes.
 
-    python -m benchmarks.gpu [--parts cases,kernel,...] [--variant 8x40,8x80,4x168x256] [--out DIR]
+    python -m benchmarks.gpu [--parts cases,kernel,...] [--variant 8x40,8x80,4x168x256]
+        [--form 16x4x4x32] [--out DIR]
 
 Runs from a bare checkout with torch, triton, transformers, safetensors and numpy. The parts run in
 the order of their worth, each in a process of its own under its own time limit; what a part prints
@@ -41,7 +42,7 @@ class Part:
         command: arguments of `python -m`, on a GPU.
         seconds: time limit.
         tiny: arguments of a small form that needs no GPU; None if there is none.
-        variant: whether it takes `--variant`.
+        option: of this command, which it takes too.
         needs: a package beyond those of a bare machine.
     """
 
@@ -49,7 +50,7 @@ class Part:
     command: tuple[str, ...]
     seconds: int
     tiny: tuple[str, ...] | None
-    variant: bool = False
+    option: str | None = None
     needs: str | None = None
 
 
@@ -65,7 +66,7 @@ PARTS: Final = {
         ("benchmarks.kernel", "--cases", "0"),
         70,
         ("benchmarks.kernel", "--device", "cpu", "--cases", "0"),
-        variant=True,
+        option="variant",
     ),
     "sweep": Part(
         "the variants of the kernels",
@@ -96,6 +97,7 @@ PARTS: Final = {
         ("benchmarks.node", "7b"),
         100,
         ("benchmarks.node", "7b", "--device", "cpu", "--tiny"),
+        option="form",
     ),
     "adamix": Part(
         "compression of two of 28 blocks of a 7B model, projected",
@@ -176,7 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--parts", type=lambda text: text.split(","), default=list(PARTS), help=", ".join(PARTS)
     )
-    parser.add_argument("--variant", help="of the kernels, as the sweep prints it")
+    parser.add_argument("--variant", help="of the deltas' kernels, as the part sweep prints it")
+    parser.add_argument("--form", help="of the base's products, as the part linear prints it")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-results")))
     parser.add_argument("--tiny", action="store_true", help="a rehearsal without a GPU")
     options = parser.parse_args(arguments)
@@ -194,8 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record["status"] = f"passed by: {reason}"
         else:
             command = list((part.tiny if options.tiny else None) or part.command)
-            if part.variant and options.variant:
-                command += ["--variant", options.variant]
+            if part.option and (value := getattr(options, part.option)):
+                command += [f"--{part.option}", value]
             began = time.monotonic()
             variables = {"TRITON_INTERPRET": "1"} if options.tiny else {}
             record["command"] = " ".join(command)

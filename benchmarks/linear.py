@@ -8,6 +8,9 @@ bandwidth. Only the kernel lets the launch after it start early, and begins to r
 before the one before has ended. Then the same of each product alone. Every result is checked first.
 The best form belongs into `FORMS` of `deltadock/kernels/linear/triton.py` if it is faster.
 
+"cuBLAS, ahead" is a layer by cuBLAS while, from each product on, a second stream brings the first
+inputs of the next weight's columns to L2.
+
     TRITON_INTERPRET=1 python -m benchmarks.linear --device cpu
 
 runs the same code at a tiny size without a GPU, and times nothing.
@@ -15,12 +18,15 @@ runs the same code at a tiny size without a GPU, and times nothing.
 
 import argparse
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from typing import Final
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from benchmarks.harness import describe_machine, device_bandwidth, gpu_seconds
@@ -29,7 +35,8 @@ from benchmarks.machine_code import MachineCode, compile_kernel, disassemble
 from deltadock.kernels.decoder import RowNorm
 from deltadock.kernels.decoder import triton as decoder
 from deltadock.kernels.linear import triton as kernel
-from deltadock.kernels.linear.triton import Form
+from deltadock.kernels.linear.triton import LINE, Form
+from deltadock.kernels.overlap import prefetch
 
 FORMS: Final = [
     Form(16, 4, 4, 32),
@@ -50,6 +57,10 @@ TOLERANCE: Final = 0.01
 """Largest accepted relative RMS error in bfloat16."""
 WORKING_SET_BYTES: Final = 256 << 20
 """Of the weights that are read in turn: several times a GPU's L2 cache."""
+AHEAD_BYTES: Final = 24 << 20
+"""Of a weight, brought to L2, half of which this is."""
+AHEAD_COLUMNS: Final = 16
+"""Of a program that does so."""
 TYPES: Final = dict.fromkeys(("y_ptr", "x_ptr", "weight_ptr", "bias_ptr"), "*bf16") | dict.fromkeys(
     ("y_stride", "x_stride", "rows", "h_in", "h_out"), "i32"
 )
@@ -77,6 +88,11 @@ def name_of(form: Form) -> str:
     return "x".join(map(str, astuple(form)))
 
 
+def form_named(name: str) -> Form:
+    """The inverse of `name_of`."""
+    return Form(*map(int, name.split("x")))
+
+
 def products_of(forms: Sequence[Form]) -> dict[str, Product]:
     """CuBLAS's and those of the forms."""
     ours = {name_of(form): functools.partial(_linear, form) for form in forms}
@@ -85,6 +101,46 @@ def products_of(forms: Sequence[Form]) -> dict[str, Product]:
 
 def _linear(form: Form, x: Tensor, weight: Tensor) -> Tensor:
     return kernel.linear(x, weight, None, form)
+
+
+@triton.jit
+def bring_kernel(
+    weight_ptr, h_in, h_out, COLUMNS: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr
+):
+    """Bring the first LINES lines of COLUMNS of a weight's columns to L2."""
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    place = tl.arange(0, LINES) * LINE
+    offsets = columns.to(tl.int64)[:, None] * h_in + place[None, :]
+    prefetch(weight_ptr + offsets, (columns < h_out)[:, None] & (place < h_in)[None, :])
+
+
+class AheadProducts:
+    """CuBLAS's products with these weights in turn, each with a part of the next brought to L2."""
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self._next = {
+            weight.data_ptr(): following for weight, following in itertools.pairwise(weights)
+        }
+        self._stream = torch.cuda.Stream()
+        self._forked = False
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        current = torch.cuda.current_stream()
+        if self._forked:  # A graph that is captured may not wait for what is before it.
+            current.wait_stream(self._stream)
+        y = F.linear(x, weight)
+        following = self._next.get(weight.data_ptr())
+        self._forked = following is not None
+        if following is not None:
+            h_out, h_in = following.shape
+            lines = 1 << (AHEAD_BYTES // (2 * LINE * h_out)).bit_length() - 1
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                bring_kernel[(triton.cdiv(h_out, AHEAD_COLUMNS),)](
+                    following, h_in, h_out, COLUMNS=AHEAD_COLUMNS, LINES=lines, LINE=LINE,
+                    num_warps=1,
+                )  # fmt: skip
+        return y
 
 
 class Operands:
@@ -133,6 +189,9 @@ def measure_layer(
     """Seconds of a layer, of two in turn."""
     operands = Operands(projections, rows, 2, device)
     want = operands.layer(operands.weights[0], operands.inputs[0], F.linear).float()
+    if device == "cuda":
+        weights = [weight for layer in operands.weights for weight in layer]
+        products = {"cuBLAS, ahead": AheadProducts(weights), **products}
     times = {}
     for name, product in products.items():
         check(operands.layer(operands.weights[0], operands.inputs[0], product), want, name)

@@ -45,6 +45,7 @@ from tokenizers import models
 
 from benchmarks.harness import copy_rate, describe_machine, wall_seconds
 from benchmarks.kernel import random_delta
+from benchmarks.linear import form_named
 from deltadock.inference.deltas.reading import HostDelta, merge_delta, place_delta, remove_delta
 from deltadock.inference.deltas.slots import SlotManager
 from deltadock.inference.engine.engine import Engine
@@ -59,6 +60,7 @@ from deltadock.inference.model.routing import DeltaLimits
 from deltadock.inference.model.weight_deltas import WeightDelta, in_one_buffer
 from deltadock.inference.prompts.tokenizer import TextStream, Tokenizer
 from deltadock.kernels import dispatch
+from deltadock.kernels.linear import triton as linear
 from deltadock.kernels.svd_delta import PackedDelta, reference
 
 LLAMA_31M: Final = {
@@ -608,9 +610,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of the 31m model")
     parser.add_argument("--device", default="cuda", help="of the 7b model")
     parser.add_argument("--tiny", action="store_true", help="a smoke run on a small model")
+    parser.add_argument(
+        "--form", type=form_named, help="of the base's products of the 7b model; else cuBLAS's"
+    )
     options = parser.parse_args(arguments)
     if options.model == "7b":
-        measure_gpu(TINY_QWEN if options.tiny else QWEN_7B, options.device)
+        workload = TINY_QWEN if options.tiny else QWEN_7B
+        if options.form is None:
+            measure_gpu(workload, options.device)
+        else:
+            with patch.object(linear, "form_of", lambda _: options.form):
+                measure_gpu(workload, options.device)
     else:
         measure_cpu(TINY_LLAMA if options.tiny else LLAMA_31M, options.rounds)
 

@@ -8,6 +8,8 @@ import pytest
 from benchmarks import gpu
 from benchmarks.gpu import PARTS, Part, main
 from benchmarks.kernel import SERIAL, SWEEP, name_of, variant_named
+from benchmarks.linear import form_named
+from benchmarks.linear import name_of as name_of_form
 from deltadock.kernels.svd_delta.layout import H_IN_ALIGNMENT, WARP_INPUTS
 from deltadock.kernels.svd_delta.triton.forms import DEFAULT, SUM_PARTS
 
@@ -66,6 +68,19 @@ def test_a_part_that_fails_or_hangs_loses_nothing(
     assert main(["--parts", "bad,after", "--out", str(tmp_path)]) == code_of_all
     assert [each["status"] for each in results(tmp_path)] == [status, "done"]
     assert (tmp_path / "bad.txt").read_text() == "1\n"
+
+
+def test_options_reach_the_parts_that_take_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = []
+    monkeypatch.setattr(gpu, "obstacle", lambda part, tiny: None)
+    monkeypatch.setattr(gpu, "run", lambda command, *_: commands.append(command) or "done")
+    options = ["--variant", name_of(DEFAULT), "--form", "16x4x4x32"]
+    main(["--parts", "kernel,linear,node", *options, "--out", str(tmp_path)])
+    kernel, linear, node = (PARTS[name].command for name in ("kernel", "linear", "node"))
+    assert commands == [[*kernel, *options[:2]], [*linear], [*node, *options[2:]]]
+    assert name_of_form(form_named("16x4x4x32")) == "16x4x4x32"
 
 
 def test_the_sweep_has_at_least_24_variants_of_each_kernel() -> None:
