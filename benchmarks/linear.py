@@ -103,15 +103,22 @@ def _linear(form: Form, x: Tensor, weight: Tensor) -> Tensor:
     return kernel.linear(x, weight, None, form)
 
 
-@triton.jit
-def bring_kernel(
-    weight_ptr, h_in, h_out, COLUMNS: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr
-):
+def _bring(
+    weight_ptr: tl.tensor,
+    h_in: tl.tensor,
+    h_out: tl.tensor,
+    COLUMNS: tl.constexpr,
+    LINES: tl.constexpr,
+    LINE: tl.constexpr,
+) -> None:
     """Bring the first LINES lines of COLUMNS of a weight's columns to L2."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     place = tl.arange(0, LINES) * LINE
     offsets = columns.to(tl.int64)[:, None] * h_in + place[None, :]
     prefetch(weight_ptr + offsets, (columns < h_out)[:, None] & (place < h_in)[None, :])
+
+
+bring_kernel: Final = triton.jit(_bring)
 
 
 class AheadProducts:
