@@ -45,7 +45,9 @@ from deltadock.errors import (
 from tests.compression.conftest import MemoryStore
 
 Pair = tuple[Path, Path]
-BITDELTA = CompressOptions(method="bitdelta")
+LITTLE = CalibrationOptions(1024, 32)
+BITDELTA = CompressOptions(method="bitdelta", calibration=LITTLE)
+EXACT = CompressOptions(method="exact", calibration=LITTLE)
 ADAMIX = CompressOptions(method="adamix")
 
 
@@ -95,8 +97,7 @@ def test_an_untied_head_is_compressed_as_a_linear_layer(
 
 def test_exact_is_lossless(pair: Pair, text: Path, tmp_path: Path) -> None:
     base, finetuned = pair
-    options = CompressOptions(method="exact")
-    report = compress(base, finetuned, tmp_path / "a.delta", options, calibration=[Source(text)])
+    report = compress(base, finetuned, tmp_path / "a.delta", EXACT, calibration=[Source(text)])
     assert report.quality.kl == pytest.approx(0, abs=1e-9)
     assert report.quality.agreement == 1
     digest = hashlib.sha256(text.read_bytes()).hexdigest()
@@ -112,14 +113,14 @@ def test_two_compressions_to_one_file_do_not_share_an_unfinished_one(
 ) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
-    out, options = folder / "a.delta", CompressOptions(method="exact")
+    out = folder / "a.delta"
     others = []
 
     def compress_too(_: Progress) -> None:
         if not others and [*folder.iterdir()]:
-            others.append(compress(*pair, out, options, calibration=[Source(text)]))
+            others.append(compress(*pair, out, EXACT, calibration=[Source(text)]))
 
-    compress(*pair, out, options, calibration=[Source(text)], progress=compress_too)
+    compress(*pair, out, EXACT, calibration=[Source(text)], progress=compress_too)
     assert len(others) == 1
     assert [path.name for path in folder.iterdir()] == ["a.delta"]
     with Artifact(out) as artifact:
@@ -226,10 +227,10 @@ def test_stored_blocks_of_other_inputs_are_not_reused(
     ("options", "with_text"),
     [
         (CompressOptions(), True),
-        (CompressOptions(method="bitdelta"), False),
+        (BITDELTA, False),
         (CompressOptions(method="low-rank", goal=Goal("ratio", 3.0)), True),
         (CompressOptions(method="adamix", goal=Goal("max_kl", 0.1)), True),
-        (CompressOptions(method="exact"), False),
+        (EXACT, False),
     ],
     ids=lambda value: str(value.method) if isinstance(value, CompressOptions) else None,
 )
@@ -276,7 +277,7 @@ def test_blocks_are_counted_in_one_way(pair: Pair, text: Path, tmp_path: Path) -
 def test_sampled_text_is_kept_for_a_later_run(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = replace(ADAMIX, calibration=CalibrationOptions(1024, 32))
+    options = replace(ADAMIX, calibration=LITTLE)
     whole = compress(*pair, tmp_path / "whole.delta", options, calibration=None)
     store = MemoryStore()
 
@@ -354,7 +355,7 @@ def test_a_fine_tune_without_a_tokenizer_has_its_bases(
     report = compress(*pair, tmp_path / "b.delta", BITDELTA, calibration=[Source(text)])
     assert report.quality.kl == with_its_own.quality.kl
     assert report.notes == ["The fine-tune has no tokenizer: the base's is used."]
-    sampled = compress(*pair, tmp_path / "c.delta", CompressOptions("exact"), calibration=None)
+    sampled = compress(*pair, tmp_path / "c.delta", EXACT, calibration=None)
     assert sampled.quality is not None
     assert evaluate(*pair, tmp_path / "b.delta", text).kl > 0
     merge(base, tmp_path / "b.delta", tmp_path / "merged")
@@ -477,8 +478,7 @@ def test_without_a_source_text_is_sampled_from_the_fine_tune(pair: Pair, tmp_pat
 def test_without_a_text_every_method_is_measured_on_sampled_text(
     pair: Pair, tmp_path: Path, method: str
 ) -> None:
-    amount = CalibrationOptions(tokens=1024, length=32)
-    options = CompressOptions(method=method, calibration=amount)
+    options = CompressOptions(method=method, calibration=LITTLE)
     report = compress(*pair, tmp_path / "a.delta", options, calibration=None)
     assert report.measured_on == [{"kind": "sampled", "sha256": None, "tokens": 128}]
     assert report.calibration is None, "the artifact does not depend on it"

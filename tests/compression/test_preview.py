@@ -114,7 +114,7 @@ def test_files_in_the_manifest_are_counted(pair: Pair, text: Path, tmp_path: Pat
     lines = "".join(f'{{"{n}": "täglich"}}\n' for n in range(4000))
     (finetuned / "chat_template.jinja").write_text(lines)
     (base / "gone.json").write_text(lines)
-    options = CompressOptions(method="exact")
+    options = CompressOptions(method="exact", calibration=CalibrationOptions(256, 32))
     compress(base, finetuned, tmp_path / "a.delta", options, calibration=[])
     before, after = scan_folder(base), scan_folder(finetuned)
     expected = preview_size(
@@ -127,7 +127,7 @@ def test_files_in_the_manifest_are_counted(pair: Pair, text: Path, tmp_path: Pat
 def test_a_binary_tokenizer_is_counted_as_it_is_stored(pair: Pair, tmp_path: Path) -> None:
     base, finetuned = pair
     (finetuned / "tokenizer.model").write_bytes(random.Random(0).randbytes(300_000))
-    options = CompressOptions(method="exact")
+    options = CompressOptions(method="exact", calibration=CalibrationOptions(256, 32))
     compress(base, finetuned, tmp_path / "a.delta", options, calibration=[])
     before, after = scan_folder(base), scan_folder(finetuned)
     expected = preview_size(
