@@ -16,7 +16,7 @@ from deltadock.storage.tables import UploadFileRow, UploadKind
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests.api.support import Api
 
-AT_ONCE: Final = 120
+AT_ONCE: Final = 100
 """Twice the threads, and the connections, of a process, and some that wait."""
 WAITING: Final = text(
     "SELECT count(*) FROM pg_locks JOIN pg_database ON pg_database.oid = database "
