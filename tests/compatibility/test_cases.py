@@ -61,10 +61,10 @@ def served_logits(base: Path, delta: Path, *, merged: bool = False) -> Tensor:
         return torch.stack(model.logits(hidden, slots).rows())
 
 
-def run(made: Made, out: Path) -> list[str]:
-    """Compress; the report's notes."""
+def run(made: Made, out: Path, text: Path | None = None) -> list[str]:
+    """Compress, measured on a text or on sampled text; the report's notes."""
     options = CompressOptions(made.method, calibration=AMOUNT)
-    report = compress(made.base, made.tuned, out, options, calibration=None)
+    report = compress(made.base, made.tuned, out, options, calibration=text)
     return report.notes
 
 

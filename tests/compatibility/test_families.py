@@ -18,10 +18,10 @@ from tests.compatibility.test_cases import logits_of, run
 from tests.compression.family_cases import CASES, save
 
 
-def check(made: Made, home: Path) -> None:
+def check(made: Made, home: Path, text: Path | None = None) -> None:
     """`merge` and `load_delta` give the model of transformers or PEFT."""
     expected, out = logits_of(made.model), home / "a.delta"
-    run(made, out)
+    run(made, out, text)
     auto = auto_class(scan_folder(made.base).config["model_type"])
     base = auto.from_pretrained(made.base, dtype=torch.float32).eval()
     before = logits_of(base)
@@ -75,7 +75,9 @@ def test_an_adapter_on_the_embedding(family: str, on: str, tmp_path: Path) -> No
         settings["target_modules"] += f"|.*{embedding}"
     else:
         settings["modules_to_save"] = [embedding]
-    check(save_adapter(tmp_path, model, None, False, LoraConfig, settings), tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{n} squared is {n * n}.\n" for n in range(60)))
+    check(save_adapter(tmp_path, model, None, False, LoraConfig, settings), tmp_path, text)
 
 
 def test_the_scale_of_scores_that_yarn_has_in_deepseek(tmp_path: Path) -> None:
