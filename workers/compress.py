@@ -216,6 +216,7 @@ def _run(job: JobRow, lease: Lease, clock: StageClock, context: WorkerContext) -
             store=JobBlocks(blobs, job.id),
             device=str(choose_device(settings.device)),
             base_name=delta.base.name,
+            scratch_folder=folder,
         ).to_dict()
     if report["base_digest"] != base_manifest.weights_digest:
         raise DamagedBlob("The base's files on this worker differ from the uploaded ones.")

@@ -13,6 +13,7 @@ reported. Scales whose outputs are not finite there are not trained: their gradi
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -44,6 +45,7 @@ def distill(
     seed: int,
     progress: Callable[[float, str], None],
     known: tuple[Tensor, Tensor] | None = None,
+    scratch_folder: Path | None = None,
 ) -> tuple[dict[str, Encoded], dict[str, float]]:
     """Train the scales of `encoded`.
 
@@ -56,6 +58,7 @@ def distill(
         progress: called at every step with the fraction done and a message.
         known: windows (n, length), and the fine-tuned model's last states (n, length, hidden) for
             them, which need not be computed again.
+        scratch_folder: as for `compress`.
 
     Returns:
         The encodings, with trained scales if they are better; and the KL divergence on the
@@ -65,7 +68,7 @@ def distill(
     Raises:
         InvalidCalibration: the fine-tuned model's outputs are not finite.
     """
-    with Scratch() as scratch:
+    with Scratch(parent=scratch_folder) as scratch:
         memory = DeviceMemory(scratch, model.device, device_budget(model.device))
         student = _Student(pair, encoded, memory)
         teacher = _Teacher(pair.finetuned, model, memory, known)

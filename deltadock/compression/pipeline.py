@@ -48,6 +48,7 @@ def compress(
     store: BlockStore | None = None,
     device: str = "cpu",
     base_name: str = "",
+    scratch_folder: Path | None = None,
 ) -> Report:
     """Compress `finetuned` against `base` into the delta file `out`.
 
@@ -60,6 +61,7 @@ def compress(
         store: keeps encoded blocks for a later run with the same inputs.
         device: torch device.
         base_name: what the base is called, as of `import_adapter`.
+        scratch_folder: an existing folder for what memory does not hold; None: `TMPDIR`.
 
     Raises:
         InvalidInput: a subclass names what is wrong with the input and what to do.
@@ -90,7 +92,7 @@ def compress(
             if UNRELATED in pair.notes:  # for the job's log, hours before its report
                 reporter.report("reading", 1, 1, UNRELATED)
             reserve = _reserve(pair, info, goal)
-            with scratch_for(torch.device(device)) as scratch:
+            with scratch_for(torch.device(device), scratch_folder) as scratch:
                 session = CompressionSession(
                     pair, options, sources, scratch, progress=reporter, store=store,
                     device=device, reserve=reserve,

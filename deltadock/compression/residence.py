@@ -1,6 +1,7 @@
 """Tensors that stay on the device while they fit, instead of being read again at every use."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -25,13 +26,14 @@ def device_budget(device: torch.device) -> int:
     return int(GPU_SHARE * torch.cuda.mem_get_info(device)[0])
 
 
-def scratch_for(device: torch.device) -> Scratch:
+def scratch_for(device: torch.device, parent: Path | None = None) -> Scratch:
     """Scratch space for work on a device: a GPU's tensors stay there while they fit."""
     if device.type == "cpu":
-        return Scratch()
+        return Scratch(parent=parent)
     return Scratch(
         max(MEMORY_BYTES, int(MEMORY_SHARE * total_memory())),
         int(SCRATCH_SHARE * torch.cuda.mem_get_info(device)[0]),
+        parent,
     )
 
 

@@ -13,10 +13,20 @@ MEMORY_BYTES: Final = 1 << 29
 
 
 class Scratch:
-    """A context manager that drops all tensors at its end. Files are created under `TMPDIR`."""
+    """A context manager that drops all tensors at its end.
 
-    def __init__(self, memory_bytes: int = MEMORY_BYTES, device_bytes: int = 0) -> None:
+    Attributes:
+        parent: the folder under which files are created; None: `TMPDIR`.
+    """
+
+    def __init__(
+        self,
+        memory_bytes: int = MEMORY_BYTES,
+        device_bytes: int = 0,
+        parent: Path | None = None,
+    ) -> None:
         """Hold up to `device_bytes` on the tensors' device, and `memory_bytes` in memory."""
+        self.parent = parent
         self._free, self._device_free = memory_bytes, device_bytes
         self._held: dict[str, Tensor] = {}
         self._files: dict[str, Path] = {}
@@ -53,7 +63,7 @@ class Scratch:
             self._held[key] = tensor
             return
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="deltadock-")
+            self._folder = tempfile.TemporaryDirectory(prefix="deltadock-", dir=self.parent)
         path = Path(self._folder.name) / f"{len(self._files)}.safetensors"
         save_file({"": tensor}, path)
         self._files[key] = path

@@ -272,6 +272,7 @@ class CompressionSession:
             self._options.seed,
             lambda done, text: self._progress.report("distillation", 0, 1, text, done),
             None if self._statistics is None else self._statistics.last_states(),
+            self._scratch.parent,
         )
         self._store.put(key, serialize(changed_segments(draft.tensors, trained), figures))
         return trained, figures

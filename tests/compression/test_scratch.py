@@ -58,6 +58,15 @@ def test_tensors_beyond_the_memory_limit_go_to_disk(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+def test_files_can_be_elsewhere(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    with Scratch(0, parent=elsewhere) as scratch:
+        scratch.put("a", torch.ones(3))
+        assert list(folder.iterdir()) == []
+        assert [path.name for path in elsewhere.rglob("*.safetensors")] == ["0.safetensors"]
+    assert list(elsewhere.iterdir()) == []
+
+
 def test_files_are_removed_after_an_exception(folder: Path) -> None:
     scratch = Scratch(0)
 

@@ -322,6 +322,16 @@ def test_tenants_take_turns(session: Session, clock: Clock) -> None:
     assert jobs.acquire_next("worker", LEASE) is None
 
 
+def test_a_job_at_work_without_a_time_of_its_start_is_taken(session: Session) -> None:
+    """As releases left it that did not note when a job had started."""
+    row = add_job(session, 0)
+    row.state, row.attempt = JobState.ASSEMBLING, 1
+    session.flush()
+    job = JobRepository(session, EVERY_TENANT).acquire_next("worker", LEASE)
+    assert job is not None
+    assert (job.id, job.attempt) == (row.id, 2)
+
+
 def test_a_retry_is_no_way_to_be_next(session: Session, clock: Clock) -> None:
     other = TenantRepository(session).add("other").id
     rows = [add_job(session, number) for number in range(5)]

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from deltadock.artifacts.reader import Artifact
 from deltadock.cli.processes import free_ports
 from deltadock.compression import pipeline
 from deltadock.compression.options import CompressOptions, Goal, Source
+from deltadock.compression.scratch import Scratch
 from deltadock.errors import Cancelled, InvalidInput
 from deltadock.settings import Settings
 from deltadock.storage.blobs import make_blob_store
@@ -93,6 +95,24 @@ def test_a_job_becomes_a_ready_delta(context: WorkerContext, submit: Submit, loo
     assert report["kl"] == 0.0
     with Artifact(context.settings.blob_folder / "blobs" / delta.artifact_digest) as artifact:
         assert artifact.manifest["base_digest"] == report["base_digest"]
+    assert_nothing_left(context, job_id)
+
+
+def test_what_memory_does_not_hold_is_with_the_attempts_files(
+    context: WorkerContext, submit: Submit, during: Callable[[Callable[[], None]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("deltadock.compression.residence.Scratch", partial(Scratch, 0))
+    found: set[Path] = set()
+
+    def look_around() -> None:
+        attempts = context.settings.cache_folder / "attempts"
+        found.update(attempts.glob("*/deltadock-*/*.safetensors"))
+
+    during(look_around)
+    job_id = submit("adamix", 1.0, sampled=True)
+    assert take_and_compress(context) is Outcome.READY
+    assert found
     assert_nothing_left(context, job_id)
 
 
