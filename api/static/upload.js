@@ -111,6 +111,18 @@ function filesOf(input, suffixes) {
     .map((file) => ({ path: file.name, file }));
 }
 
+// What to choose instead of a folder whose own files hold no weights; null where nothing tells.
+function insteadOf(input) {
+  const paths = [...input.files].map((file) => file.webkitRelativePath.split("/").slice(1));
+  const own = paths.filter((path) => path.length === 1).map(([name]) => name);
+  const isWeights = (name) => name.endsWith(".safetensors");
+  if (own.some(isWeights)) return null;
+  const inner = new Set(paths.filter(([, name]) => name && isWeights(name)).map(([folder]) => folder));
+  if (inner.size) return `The weights are in inner folders (${[...inner].sort().slice(0, 4).join(", ")}). Choose one of these.`;
+  if (!own.some((name) => /\.(bin|pt|pth|pkl|pickle|ckpt)$/.test(name))) return null;
+  return "The weights are only PyTorch pickles, which can run code when opened. Save the model as .safetensors: model.save_pretrained(FOLDER).";
+}
+
 // One `.upload` block; `done` is called with the checkpoint or text, or with null while there is
 // none. `delta` tells, of the files chosen, the name of the delta that they will become.
 function watch(block, done, delta = () => null) {
@@ -125,6 +137,14 @@ function watch(block, done, delta = () => null) {
     const files = filesOf(input, suffixes);
     done(null);
     note.classList.remove("problem");
+    const instead = kind === "checkpoint" && insteadOf(input);
+    if (instead) {
+      bar.hidden = true;
+      note.classList.add("problem");
+      note.textContent = instead;
+      input.value = "";
+      return;
+    }
     if (!files.length) {
       note.textContent = input.files.length ? `None of these is ${suffixes.join(", ")}.` : "";
       return;
