@@ -254,14 +254,12 @@ def test_a_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:
 
 def test_a_long_text_does_not_stop_other_threads(tokenizer: Tokenizer) -> None:
     encoding = threading.Thread(target=tokenizer.encode, args=("some words " * 30_000,))
-    begun = last = time.perf_counter()
-    longest_pause = 0.0
+    turns = 0
     encoding.start()
     while encoding.is_alive():
         time.sleep(0.001)
-        pause, last = time.perf_counter() - last, time.perf_counter()
-        longest_pause = max(longest_pause, pause)
-    assert longest_pause < (last - begun) / 2
+        turns += 1
+    assert turns > 10, "one or two, if it kept the interpreter's lock"
 
 
 def test_truncation_in_the_tokenizer_file_is_ignored(tokenizer_json: str) -> None:
