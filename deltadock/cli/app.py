@@ -12,6 +12,7 @@ from deltadock.cli import (
     jobs,
     keys,
     login,
+    model,
     offline,
     push,
     records,
@@ -19,6 +20,7 @@ from deltadock.cli import (
     start,
     storage,
     tenants,
+    webhooks,
 )
 from deltadock.cli.outcome import ReportingGroup
 from deltadock.cli.output import AsJson, print_json
@@ -44,7 +46,7 @@ app = typer.Typer(
 
 for panel, commands in {
     PUSH: (push.push, registry.ls, registry.show, registry.pull, registry.rm, registry.undo,
-           registry.alias, registry.compare),
+           registry.alias, model.model, registry.compare),
     TALK: (chat.run, chat.generate),
     WATCH: (jobs.jobs, jobs.logs, jobs.cancel, jobs.retry, doctor.doctor),
     NODES: (fleet.ps, fleet.drain, fleet.resume, fleet.evict),
@@ -57,6 +59,7 @@ for panel, commands in {
         app.command(rich_help_panel=panel)(command)
 app.command("chat", rich_help_panel=TALK, help="The same as `run`.")(chat.run)
 app.add_typer(push.bases, name="bases", rich_help_panel=PUSH)
+app.add_typer(webhooks.webhooks, name="webhooks", rich_help_panel=WATCH)
 app.add_typer(keys.keys, name="keys", rich_help_panel=RUNNING)
 app.add_typer(tenants.tenants, name="tenants", rich_help_panel=RUNNING)
 app.add_typer(records.audit, name="audit", rich_help_panel=RUNNING)

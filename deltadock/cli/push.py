@@ -266,6 +266,28 @@ def restore_base(name: BaseName, as_json: AsJson = False, url: Url = None) -> No
         say(f"{base.name} is back.")
 
 
+@bases.command("share")
+def share_base(name: BaseName, as_json: AsJson = False, url: Url = None) -> None:
+    """Let every tenant use a base of the operator's."""
+    with connect(url) as client:
+        base = client.share_base(name)
+    if as_json:
+        print_resources(base)
+    else:
+        say(f"Every tenant may use {base.name}.")
+
+
+@bases.command("unshare")
+def unshare_base(name: BaseName, as_json: AsJson = False, url: Url = None) -> None:
+    """Keep a base to the operator's tenant again; deltas of others stay."""
+    with connect(url) as client:
+        base = client.share_base(name, shared=False)
+    if as_json:
+        print_resources(base)
+    else:
+        say(f"Only the operator's tenant may use {base.name}.")
+
+
 @bases.command("add")
 def add_base(
     folder: Folder,

@@ -332,12 +332,20 @@ class AliasMove(Resource):
     at: datetime
 
 
+class PromotionRule(Resource):
+    """When a newer version becomes a model's default by itself; in nats per token."""
+
+    max_kl: float
+    max_increase: float = 0.0
+
+
 class Model(Resource):
     """A model: a name `project/model` with its versions; `aliases` only of a single one."""
 
     name: str
     tags: list[str]
     last_version: int
+    rule: PromotionRule | None = None
     created_at: datetime
     description: str | None = None
     aliases: list[Alias] | None = None
@@ -412,6 +420,31 @@ class Key(Resource):
             return "revoked"
         expired = self.expires_at is not None and self.expires_at <= datetime.now(UTC)
         return "expired" if expired else "valid"
+
+
+class Webhook(Resource):
+    """A URL that is told about events; `secret` is known only when it is made."""
+
+    id: str
+    url: str
+    events: list[str]
+    created_at: datetime
+    secret: str | None = None
+
+
+class WebhookMessage(Resource):
+    """A message to a webhook: its state, and the last answer's status or why there is none."""
+
+    id: str
+    event: str
+    state: str
+    attempts: int
+    status: int | None = None
+    error: str | None = None
+    body: str
+    created_at: datetime
+    next_attempt_at: datetime | None = None
+    delivered_at: datetime | None = None
 
 
 class Limits(Resource):

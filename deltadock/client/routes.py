@@ -3,7 +3,7 @@
 import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final, Literal, TypedDict, Unpack
+from typing import Any, Final, Literal, NotRequired, TypedDict, Unpack
 from urllib.parse import quote
 
 from deltadock.artifacts.checkpoint import CheckpointManifest
@@ -25,6 +25,8 @@ from deltadock.client.resources import (
     Report,
     Resolved,
     Tenant,
+    Webhook,
+    WebhookMessage,
 )
 from deltadock.errors import InvalidInput
 from deltadock.names import PART, parse_reference
@@ -54,6 +56,21 @@ class TenantLimits(TypedDict, total=False):
     max_jobs: int | None
     requests_per_minute: int | None
     tokens_per_minute: int | None
+
+
+class RuleFields(TypedDict):
+    """When a newer version becomes the default by itself, in nats per token."""
+
+    max_kl: float
+    max_increase: NotRequired[float]
+
+
+class ModelChanges(TypedDict, total=False):
+    """What is changed of a model; a rule of None: the default moves only by hand."""
+
+    description: str
+    tags: list[str]
+    rule: RuleFields | None
 
 
 class Sampling(TypedDict, total=False):
@@ -191,6 +208,12 @@ def delete_base(name: str) -> Call[None]:
 def restore_base(name: str) -> Call[Base]:
     """Restore a deleted base."""
     return Call("POST", f"/v1/bases/{_segment(name)}/restore", reader(Base))
+
+
+def share_base(name: str, *, shared: bool = True) -> Call[Base]:
+    """Let every tenant use a base of the operator's, or end that."""
+    path = f"/v1/bases/{_segment(name)}"
+    return Call("PATCH", path, reader(Base), body={"shared": shared}, idempotent=True)
 
 
 def bases() -> Pages[Base]:
@@ -331,6 +354,11 @@ def model(name: str) -> Call[Model]:
     return Call("GET", _model(name), reader(Model))
 
 
+def change_model(name: str, **changes: Unpack[ModelChanges]) -> Call[Model]:
+    """Change a model's card, tags or rule; those that are left out stay."""
+    return Call("PATCH", _model(name), reader(Model), body=changes, idempotent=True)
+
+
 def delete_model(name: str) -> Call[None]:
     """Delete a model with all its versions; `restore` brings one back for some days."""
     return Call("DELETE", _model(name), lambda _: None)
@@ -467,6 +495,40 @@ def rotate_key(key: str, grace_seconds: int = 24 * 3600) -> Call[Key]:
     """Make a key like this one, which expires after the grace period."""
     body = {"grace_seconds": grace_seconds}
     return Call("POST", f"/v1/keys/{_segment(key)}/rotate", reader(Key), body=body)
+
+
+def webhooks() -> Call[list[Webhook]]:
+    """The tenant's webhooks, oldest first."""
+    read = reader(list[Webhook])
+    return Call("GET", "/v1/webhooks", lambda answer: read(answer["data"]))
+
+
+def create_webhook(url: str, events: Sequence[str] | None = None) -> Call[Webhook]:
+    """Tell a URL about events, by default all; `secret` is only in this answer.
+
+    Args:
+        url: http or https.
+        events: of `delta.ready`, `delta.failed` and `alias.moved`.
+    """
+    body = {"url": url} | ({} if events is None else {"events": list(events)})
+    return Call("POST", "/v1/webhooks", reader(Webhook), body=body, key=_new_key())
+
+
+def delete_webhook(webhook: str) -> Call[None]:
+    """Delete a webhook with its messages; what is not sent yet is not sent."""
+    return Call("DELETE", f"/v1/webhooks/{_segment(webhook)}", lambda _: None)
+
+
+def webhook_messages(webhook: str, *, limit: int | None = None) -> Pages[WebhookMessage]:
+    """A webhook's messages of the last 30 days, newest first; `limit` is the size of a page."""
+    path = f"/v1/webhooks/{_segment(webhook)}/messages"
+    return Pages.of(WebhookMessage, path, limit=limit)
+
+
+def resend_message(webhook: str, message: str) -> Call[WebhookMessage]:
+    """Send a message to a webhook again, whatever became of it."""
+    path = f"/v1/webhooks/{_segment(webhook)}/messages/{_segment(message)}/resend"
+    return Call("POST", path, reader(WebhookMessage))
 
 
 def tenants(*, limit: int | None = None) -> Pages[Tenant]:

@@ -374,6 +374,52 @@ def test_aliases_are_moved_listed_and_removed(
     assert "is removed" in call("alias", "maths/skills", "prod", "--rm").stderr
 
 
+def test_a_model_is_tagged_described_and_given_a_rule(
+    call: Callable[..., Outcome], deltadock: Command, pushed: list[str], tmp_path: Path
+) -> None:
+    card = tmp_path / "card.md"
+    card.write_text("# Skills\nSorts letters.", encoding="utf-8")
+    call("model", "maths/skills", "--tag", "german", "--tag", "maths", "--card", card)
+    shown = call("model", "maths/skills", "--tag", "maths", "--untag", "german", "--max-kl", 0.05)
+    assert re.search(r"tags +maths\n", shown.stdout)
+    assert "Sorts letters." in shown.stdout
+    assert "if its KL is at most 0.05, and 0 above the default's" in shown.stdout
+    assert [one["name"] for one in answered(call("ls", "--tag", "maths", "--json"))] == [
+        "maths/skills"
+    ] * len(pushed)
+    model = answered(call("model", "maths/skills", "--no-rule", "--json"))
+    assert (model["rule"], model["tags"]) == (None, ["maths"])
+    assert deltadock("model", "maths/skills", "--max-increase", 1).code == 2
+    assert deltadock("model", "maths/skills", "--max-kl", 1, "--no-rule").code == 2
+    assert "not_found" in deltadock("model", "maths/nothing", "--tag", "a").stderr
+
+
+def test_webhooks_are_made_listed_and_deleted(
+    service: Service, call: Callable[..., Outcome], pushed: list[str]
+) -> None:
+    made = call("webhooks", "create", "https://hooks.example.com/a", "--events", "alias.moved")
+    assert made.stdout.startswith("whsec_")
+    [webhook] = answered(call("webhooks", "list", "--json"))
+    assert webhook["secret"] is None
+    assert webhook["id"] in made.stderr
+    assert webhook["url"] in call("webhooks", "list").stdout
+    call("alias", pushed[0], "told")
+    [message] = answered(call("webhooks", "messages", webhook["id"], "--json"))
+    assert json.loads(message["body"])["type"] == "alias.moved"
+    again = answered(call("webhooks", "resend", webhook["id"], message["id"], "--json"))
+    assert (again["id"], again["state"]) == (message["id"], "pending")
+    assert message["id"] in call("webhooks", "messages", webhook["id"]).stdout
+    call("webhooks", "rm", webhook["id"])
+    assert "no webhook yet" in call("webhooks", "list").stderr
+
+
+def test_a_base_is_shared_with_every_tenant(call: Callable[..., Outcome]) -> None:
+    call("bases", "share", "tiny")
+    assert answered(call("bases", "list", "--json"))[0]["shared"]
+    call("bases", "unshare", "tiny")
+    assert not answered(call("bases", "list", "--json"))[0]["shared"]
+
+
 def test_what_is_deleted_comes_back(
     call: Callable[..., Outcome], deltadock: Command, pushed: list[str]
 ) -> None:
