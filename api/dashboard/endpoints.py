@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Final
 
 from fastapi import Depends, Query, Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from deltadock.api.access import Caller, CallerDep
 from deltadock.api.bases import page_of_bases
@@ -16,7 +16,7 @@ from deltadock.api.paging import After
 from deltadock.api.references import DeltaReference
 from deltadock.api.registry.endpoints import Name
 from deltadock.compression.options import METHODS, default_method
-from deltadock.errors import InvalidInput, NotFound
+from deltadock.errors import InvalidInput, NotFound, NotReady
 from deltadock.model_target import SERVED
 from deltadock.storage.api_keys import local_key_path
 from deltadock.storage.repositories import BaseRepository, DeltaRepository, ModelRepository
@@ -117,8 +117,11 @@ def show_delta(
     session: ReadSession,
     resources: ResourcesDep,
 ) -> Response:
-    """One delta's page."""
-    page = views.delta_view(session, caller.tenant_id, delta_id)
+    """One delta's page; that of a model's newest version if none is ready."""
+    try:
+        page = views.delta_view(session, caller.tenant_id, delta_id)
+    except NotReady as error:
+        return RedirectResponse(f"/deltas/{error.details['newest']}", 303, HEADERS)
     makes_keys = Scope.ADMIN in caller.scopes
     kept = local_key_path(resources.settings.home.absolute())
     key_file = kept if makes_keys and caller.is_operator and kept.is_file() else None

@@ -296,6 +296,7 @@ def delta_view(session: Session, tenant_id: str, delta_id: str) -> DeltaView:
 
     Raises:
         NotFound: there is none, or it was deleted.
+        NotReady: a bare name has no default version yet.
     """
     delta = show_delta(session, tenant_id, delta_id)
     deltas = DeltaRepository(session, tenant_id)

@@ -59,6 +59,7 @@ def _missing(deltas: DeltaRepository, reference: str) -> NoReturn:
             f"{_standing(newest.job)} See GET /v1/jobs/{newest.job.id}.",
             state=newest.job.state,
             job=newest.job.id,
+            newest=f"{newest.name}:{newest.version}",
         )
     if (gone := deltas.deleted(reference)) is not None:
         name = f"{gone.name}:{gone.version}"

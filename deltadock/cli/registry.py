@@ -132,7 +132,7 @@ def show(
 ) -> None:
     """Show a delta: its figures, aliases, job and lineage."""
     with connect(url) as client:
-        delta = client.delta(name)
+        delta = _newest_at_least(client, name)
         ready = delta.state == "ready" and not as_json
         measured = client.report(delta.id) if report or ready else None
     if report and measured is not None:
@@ -142,6 +142,16 @@ def show(
     else:
         notes = measured.notes if measured is not None else []
         print_rows([*delta.rows(), *_lineage(delta), *(("note", note) for note in notes)])
+
+
+def _newest_at_least(client: "Client", name: str) -> "Delta":
+    """What the name means; of a model without a ready version the newest."""
+    try:
+        return client.delta(name)
+    except NotReady as error:
+        if newest := error.details.get("newest"):
+            return client.delta(str(newest))
+        raise
 
 
 def _lineage(delta: "Delta") -> Iterable[tuple[str, str]]:
@@ -222,7 +232,7 @@ def rm(
         if whole:
             _remove_models(client, names, yes=yes, as_json=as_json)
             return
-        removed = [client.delta(name) for name in names]  # all exist before one is deleted
+        removed = [_removable(client, name) for name in names]  # all exist before one is deleted
         for delta in removed:
             client.delete(delta.id)
             if not as_json:
@@ -231,6 +241,20 @@ def rm(
                 say(f"Deleted {delta.reference}{ended}. {undoing}")
     if as_json:
         print_resources(removed)
+
+
+def _removable(client: "Client", name: str) -> "Delta":
+    """What the name means.
+
+    Raises:
+        NotReady: the model has no ready version; the message names the one to delete.
+    """
+    try:
+        return client.delta(name)
+    except NotReady as error:
+        if newest := error.details.get("newest"):
+            raise NotReady(f"{error.message} To delete it: deltadock rm {newest}") from error
+        raise
 
 
 def _remove_models(client: "Client", names: list[str], *, yes: bool, as_json: bool) -> None:

@@ -205,7 +205,11 @@ def error_of(response: httpx.Response) -> DeltadockError:
         else:
             code, detail = problem["code"], problem["detail"]
         error = error_for(
-            code, _in_methods(detail), status=response.status_code, deleted=problem.get("deleted")
+            code,
+            _in_methods(detail),
+            status=response.status_code,
+            deleted=problem.get("deleted"),
+            newest=problem.get("newest"),
         )
     except (ValueError, KeyError, TypeError, AttributeError):  # such as a proxy's error page
         return _foreign(response)

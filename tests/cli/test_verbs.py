@@ -437,6 +437,11 @@ def test_a_delta_that_is_deleted_while_it_is_compressed_cancels_its_job(
     pushed = call("push", folder, "-b", "tiny", "--no-wait", "--method", "exact", "--json")
     job = answered(pushed)["job"]
     name = "finetunes/stopped:1"
+    assert name in call("show", "finetunes/stopped").stdout
+    assert answered(call("show", "finetunes/stopped", "--json"))["state"] == "queued"
+    refused = deltadock("rm", "finetunes/stopped")
+    assert refused.code == 1
+    assert f"See `deltadock logs {job}`. To delete it: deltadock rm {name}" in refused.stderr
     assert f"Deleted {name} and cancelled its job {job}." in call("rm", name).stderr
     followed = deltadock("logs", "-f", job)
     assert followed.code == 4

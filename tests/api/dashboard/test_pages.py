@@ -588,6 +588,13 @@ def test_jobs_are_listed_by_state(shared: tuple[Site, seed.Seeded]) -> None:
     assert "No cancelled jobs" in site.text("/jobs?show=cancelled")
 
 
+def test_a_model_without_a_ready_version_leads_to_its_newest(site: Site) -> None:
+    answer = site.http.get("/deltas/medical/summaries", follow_redirects=False)
+    assert (answer.status_code, answer.headers["location"]) == (303, "/deltas/medical/summaries:1")
+    assert "medical/summaries:1" in site.text("/deltas/medical/summaries")
+    site.text("/deltas/medical/summaries@prod", status=404)
+
+
 def test_a_cancelled_job_is_no_alarm(site: Site, seeded: seed.Seeded) -> None:
     site.http.post(f"/v1/jobs/{site.http.get(f'/v1/deltas/{seeded.queued}').json()['job']}/cancel")
     page = site.text(f"/deltas/{seeded.queued}")
