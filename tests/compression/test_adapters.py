@@ -506,9 +506,12 @@ def test_a_head_of_its_own_on_a_tied_base_is_sampled_from_and_its_size_is_explai
     [
         ("Qwen/Qwen2.5-0.5B", "qwen2.5-0.5b", False),
         ("Qwen/Qwen2.5-0.5B", "qwen2.5-0.5b-instruct", True),
-        ("/home/me/models/my-base/", "my-base", False),
-        ("C:\\models\\my-base", "my-base", False),
-        ("/home/me/models/my-base", "", True),  # the folder's name counts
+        ("Qwen/Qwen2.5-0.5B", "", True),  # the folder's name counts
+        ("gpt2", "llama", True),
+        ("/home/me/models/my-base/", "llama", False),
+        ("./my-base", "llama", False),
+        ("out/models/my-base", "llama", False),
+        ("C:\\models\\my-base", "llama", False),
         (None, "other", False),
         ("", "other", False),
     ],
@@ -526,6 +529,22 @@ def test_a_base_of_another_name_is_asked_about(
     asked = [note for note in report.notes if "the base that the adapter was trained on" in note]
     assert len(asked) == told
     assert not told or (repr(named) in asked[0] and repr(given or base.name) in asked[0])
+
+
+def test_a_path_of_the_trainers_machine_is_not_kept(
+    base: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    cached = "/home/me/.cache/hub/models--Qwen--Qwen2.5-0.5B/snapshots/060db6499f32"
+    adapter = make_adapter(factors(64, 64), base_model_name_or_path=cached)
+    amount = CalibrationOptions(tokens=256, length=32)
+    for given, told in (("qwen2.5-0.5b", 0), ("llama", 1)):
+        report = import_adapter(
+            base, adapter, tmp_path / "a.delta", CompressOptions("lora", calibration=amount),
+            calibration=[], progress=ProgressReporter(), base_name=given,
+        )  # fmt: skip
+        assert sum("names 'Qwen/Qwen2.5-0.5B'." in note for note in report.notes) == told
+        assert "/home/me" not in str(report.to_dict())
+        assert b"/home/me" not in (tmp_path / "a.delta").read_bytes()
 
 
 def test_the_hubs_cache_has_the_bases_name(

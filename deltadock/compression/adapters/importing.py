@@ -6,6 +6,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -45,6 +46,9 @@ from deltadock.compression.work import comparing, measuring
 from deltadock.errors import (
     InvalidInput,
 )
+
+_HUB_NAME: Final = re.compile(r"(\w[\w.-]{0,95}/)?\w[\w.-]{0,95}", re.ASCII)
+_HUB_CACHE: Final = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")
 
 
 def import_adapter(
@@ -142,14 +146,18 @@ def import_adapter(
 def _other_base(named: str, given: str) -> list[str]:
     """A note if the base that an adapter names is called otherwise than the given one.
 
-    Names are all that can be compared: the factors fit every model of the same shapes.
+    Names are all that can be compared: the factors fit every model of the same shapes. A folder of
+    the trainer's machine has a name of its own, and its path is nobody else's business; one in the
+    Hub's cache has the model's.
     """
-    last = re.split(r"[/\\]", named.rstrip("/\\"))[-1]
-    if not last or last.casefold() == given.casefold():
+    cached = _HUB_CACHE.search(named)
+    name = cached[1].replace("--", "/", 1) if cached else named
+    is_same = name.rpartition("/")[2].casefold() == given.casefold()
+    if is_same or not _HUB_NAME.fullmatch(name):
         return []
     return [
         f"Is {given!r} the base that the adapter was trained on? Its {ADAPTER_CONFIG} names "
-        f"{named!r:.120}."
+        f"{name!r}."
     ]
 
 
