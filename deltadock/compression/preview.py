@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
+from deltadock import words
 from deltadock.artifacts.checkpoint import CheckpointManifest, FileEntry
 from deltadock.artifacts.compatibility import differing_files
 from deltadock.artifacts.container import DTYPE_BITS
@@ -282,7 +283,7 @@ def preview_size(
     if surely.artifact_bytes > OVERESTIMATES.get(method, OVERESTIMATE) * target:
         raise InvalidGoal(
             f"{goal} cannot be reached by {method!r}: its smallest artifact of this model takes "
-            f"about {surely.artifact_bytes} bytes, a ratio of {surely.ratio:.3g}."
+            f"about {words.size(surely.artifact_bytes)}, a ratio of {surely.ratio:.3g}."
         )
     if least.artifact_bytes > target:
         return least

@@ -57,7 +57,7 @@ def test_the_totals_are_what_is_on_disk(api: Api) -> None:
     assert found["uploads"] == 18
     assert found["calibration"] > 0
     page = api.client.get("/").text
-    assert "All files of the store" in page
+    assert "Stored for all tenants" in page
     assert "unreferenced 8" in page
 
 
