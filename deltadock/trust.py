@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Final
 
 from pydantic import SecretStr
 
 from deltadock.errors import Unauthorized
+
+SECRET_VARIABLE: Final = "DELTADOCK_NODE_SECRET"
 
 
 def kept_secret(path: Path) -> str:
@@ -63,11 +66,11 @@ def check_trusted(secret: SecretStr | None, authorization: str | None, client: s
     if secret is not None:
         expected = credentials(secret)["Authorization"]
         if not hmac.compare_digest((authorization or "").encode(), expected.encode()):
-            raise Unauthorized("Send DELTADOCK_NODE_SECRET as a bearer token.")
+            raise Unauthorized(f"Send {SECRET_VARIABLE} as a bearer token.")
     elif client is not None and not is_loopback(client):
         raise Unauthorized(
             "Without a secret only requests from this machine are accepted: set "
-            "DELTADOCK_NODE_SECRET for the api and its nodes."
+            f"{SECRET_VARIABLE} for the api and its nodes."
         )
 
 

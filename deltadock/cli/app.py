@@ -83,8 +83,9 @@ def options(
 ) -> None:
     """Parse the options that precede a command."""
     if url is not None:
-        from deltadock.client.connection import URL_VARIABLE
+        from deltadock.client.connection import URL_VARIABLE, check_connection, find_connection
 
+        check_connection(find_connection(url))
         os.environ[URL_VARIABLE] = url
 
 

@@ -131,7 +131,9 @@ def _server(url: str | None) -> Iterator[Finding]:
         with connect(url) as client:
             next(client.bases(), None)
             yield Finding("key", "ok", f"accepted, from {found.key_from}")
-            yield from _work(client, checks.get("node") == "ok")
+            if checks.get("database") == "ok":  # otherwise the server looks for no node
+                yield from _nodes(client, checks.get("node") == "ok")
+            yield from _work(client)
     except Forbidden:  # it may be a key to ask models with, which is all that its owner needs
         text = f"accepted, from {found.key_from}; without the scope read, nothing more is looked at"
         yield Finding("key", "ok", text)
@@ -139,23 +141,27 @@ def _server(url: str | None) -> Iterator[Finding]:
         yield Finding("key", "problem", " ".join(error.message.split()))
 
 
-def _work(client: "Client", has_node: bool) -> Iterator[Finding]:
-    """Whether jobs are worked on, and answers given."""
-    nodes = client.nodes()
-    bases = list(islice(client.bases(), 200))
+def _nodes(client: "Client", has_node: bool) -> Iterator[Finding]:
+    """Whether answers are given."""
     if not has_node:
         yield Finding(
             "nodes", "problem", "no node runs, so nothing answers; start one: deltadock node"
         )
     else:
+        nodes = client.nodes()
         served = {node.base for node in nodes}
+        bases = islice(client.bases(), 200)
         missing = [base.name for base in bases if base.checkpoint.digest not in served]
         adopts = any(node.base is None or node.adopts for node in nodes)
         text = _doing(len(nodes), "node", "run")
         if missing and not adopts:
             text += f"; none serves {', '.join(missing)}: deltadock node --base DIR --api URL"
         yield Finding("nodes", "warning" if missing and not adopts else "ok", text)
-    if not bases:
+
+
+def _work(client: "Client") -> Iterator[Finding]:
+    """Whether there is a base, and jobs are worked on."""
+    if next(client.bases(), None) is None:
         yield Finding("bases", "warning", "there is none yet: deltadock bases add DIR")
     queued = list(islice(client.jobs(state=["queued"]), 200))
     running = next(client.jobs(state=RUNNING), None)

@@ -29,6 +29,7 @@ from deltadock.cli.output import (
     say,
 )
 from deltadock.cli.server import Url, complete_base, complete_method, connect
+from deltadock.compression.options import METHODS
 from deltadock.errors import NotFound, UnsupportedModel
 from deltadock.model_target import not_served
 
@@ -139,6 +140,12 @@ def push(
             )
         hint.text = f"The job goes on. Follow it: deltadock logs -f {pushed.job.id}"
         say(f"{pushed.delta.reference} is {pushed.job.state}: job {pushed.job.id}")
+        found = METHODS.get(pushed.delta.method)
+        if not sources and not pushed.job.is_final and found and found.needs_calibration:
+            say(
+                "Note: the fine-tune writes the calibration text itself, which takes minutes. A "
+                "text of your own with --calibration is faster: docs/how-to/calibration.md"
+            )
         before = pushed.delta.lineage.commit if pushed.delta.lineage else None
         if commit not in (None, before):
             say(f"Note: it was pushed before, of the commit {before}, which stays.")

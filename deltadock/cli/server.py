@@ -52,16 +52,21 @@ def connect(url: str | None = None) -> Iterator["Client"]:
     """A client of the server; says where its key came from if it is refused.
 
     Raises:
-        Unauthorized: there is no key for the server, or it is not valid.
+        Unauthorized: there is no key for the server, or it is not valid; or it is a node.
     """
     from deltadock.client.blocking import Client
-    from deltadock.client.connection import find_connection
+    from deltadock.client.connection import DEFAULT_URL, find_connection
+    from deltadock.trust import SECRET_VARIABLE
 
     with Client(url, on_pause=_say_pause) as client:
         try:
             yield client
         except Unauthorized as error:
             found = find_connection(url)
+            if SECRET_VARIABLE in error.message:  # which nodes alone ask for
+                raise Unauthorized(
+                    f"{found.url} is a node. Give the api's address, such as {DEFAULT_URL}."
+                ) from error
             came = "No key was sent." if found.key is None else f"The key is from {found.key_from}."
             raise Unauthorized(
                 f"{error.message} {came} `deltadock login {found.url}` keeps one."

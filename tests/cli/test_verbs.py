@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 import typer
+from pydantic import SecretStr
 from rich.console import Console
+from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from starlette.types import Receive, Send
 from starlette.types import Scope as AsgiScope
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -29,9 +32,11 @@ from deltadock.client.blocking import Client
 from deltadock.client.connection import read_login
 from deltadock.client.requests import ATTEMPTS
 from deltadock.client.stopping import Stop
-from deltadock.errors import Unavailable
+from deltadock.errors import Unauthorized, Unavailable
+from deltadock.problems import error_response
 from deltadock.storage.tables import JobState, Scope
-from tests.api.support import CONFIG, issue_key, weights
+from deltadock.trust import check_trusted
+from tests.api.support import CONFIG, issue_key, serving, weights
 from tests.cli.support import Command, Outcome
 from tests.client.support import Service, running_service, write_finetune, write_text
 
@@ -123,6 +128,22 @@ def test_a_push_is_followed_to_its_figures(
     assert again["delta"]["lineage"]["commit"] == "abc"
     outcome = call("push", folder, *options, "--commit", "def")
     assert "Note: it was pushed before, of the commit abc, which stays." in outcome.stderr
+
+
+def test_a_push_without_a_text_says_that_the_fine_tune_writes_it(
+    call: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    folder = write_finetune(tmp_path / "writes", 31)
+    said = "Note: the fine-tune writes the calibration text itself"
+    text = write_text(tmp_path / "text.txt")
+    for options, told in (
+        (("adamix",), True),
+        (("adamix", "--calibration", text), False),
+        (("exact",), False),
+    ):
+        outcome = call("push", folder, "-b", "tiny", "--no-wait", "--method", *options)
+        assert (said in outcome.stderr) == told, options
+        call("rm", outcome.stderr.split(" is queued")[0].split()[-1])
 
 
 def test_a_size_out_of_reach_is_refused_before_the_upload(
@@ -389,6 +410,7 @@ def test_a_model_is_tagged_described_and_given_a_rule(
     ] * len(pushed)
     model = answered(call("model", "maths/skills", "--no-rule", "--json"))
     assert (model["rule"], model["tags"]) == (None, ["maths"])
+    call("alias", pushed[0], "default")  # the rule has moved it
     assert deltadock("model", "maths/skills", "--max-increase", 1).code == 2
     assert deltadock("model", "maths/skills", "--max-kl", 1, "--no-rule").code == 2
     assert "not_found" in deltadock("model", "maths/nothing", "--tag", "a").stderr
@@ -411,13 +433,14 @@ def test_webhooks_are_made_listed_and_deleted(
     assert message["id"] in call("webhooks", "messages", webhook["id"]).stdout
     call("webhooks", "rm", webhook["id"])
     assert "no webhook yet" in call("webhooks", "list").stderr
+    call("alias", "maths/skills", "told", "--rm")
 
 
 def test_a_base_is_shared_with_every_tenant(call: Callable[..., Outcome]) -> None:
-    call("bases", "share", "tiny")
-    assert answered(call("bases", "list", "--json"))[0]["shared"]
-    call("bases", "unshare", "tiny")
-    assert not answered(call("bases", "list", "--json"))[0]["shared"]
+    for command, shared in (("share", True), ("unshare", False)):
+        call("bases", command, "tiny")
+        found = {base["name"]: base for base in answered(call("bases", "list", "--json"))}
+        assert found["tiny"]["shared"] == shared
 
 
 def test_what_is_deleted_comes_back(
@@ -643,6 +666,17 @@ def test_a_tenant_sees_whether_a_node_can_serve(
     assert row.split() == [node["id"], "ready", "any,", "on", "request"]
 
 
+def test_a_nodes_address_is_not_the_apis(deltadock: Command) -> None:
+    with pytest.raises(Unauthorized) as asked:
+        check_trusted(SecretStr("s3cret"), None, "127.0.0.1")
+    refusal = error_response("/v1/deltas", asked.value)
+    with serving(Starlette(routes=[Route("/v1/deltas", lambda _: refusal)])) as url:
+        refused = deltadock("ls", "--url", url)
+    assert refused.code == 1
+    assert f"{url} is a node. Give the api's address, such as http://127" in refused.stderr
+    assert "login" not in refused.stderr
+
+
 def test_nodes_are_drained_resumed_and_relieved(
     service: Service, call: Callable[..., Outcome], deltadock: Command, pushed: list[str]
 ) -> None:
@@ -703,6 +737,11 @@ def test_doctor_says_what_is_wrong(
     for check in ("database", "broker", "blobs", "key", "nodes"):
         assert found[check]["state"] == "ok", found
     assert found["nodes"]["text"] == "1 node runs"
+    with monkeypatch.context() as full:
+        full.setattr(service.api.resources.database, "_full_at", time.monotonic())
+        outcome = deltadock("doctor")
+    assert "✗ database: its disk is full" in outcome.stdout
+    assert "nodes" not in outcome.stdout, "the server does not look for them then"
     monkeypatch.setenv("DELTADOCK_API_KEY", issue_key(service.api.resources.settings,
                                                       scopes=[Scope.INFER]))  # fmt: skip
     outcome = deltadock("doctor")
@@ -783,6 +822,7 @@ def test_a_wrong_setting_is_one_line(
         (("ls", "--state", "lost"), 2, "'lost' is not one of 'queued', 'validating', "),
         (("jobs", "--state", "lost"), 2, "'lost' is not one of 'queued', 'validating', "),
         (("ls", "--url", "127.0.0.1:8000"), 1, "is not an address such as http://127.0.0.1:8000"),
+        (("--url", "127.0.0.1:8000", "ls"), 1, "'127.0.0.1:8000' (given) is not an address"),
         (("pull", "maths/skills:1", "-o", "nowhere/x.delta"), 1, "There is no folder nowhere."),
         (("pull", "maths/skills:1", "-o", "-"), 1, "is written to a file"),
     ],
