@@ -11,6 +11,7 @@ from deltadock.cli.output import (
     AsJson,
     errors,
     output,
+    print_changed,
     print_resources,
     print_table,
     say,
@@ -202,7 +203,4 @@ def retry(
         if wait:
             follow(client, queued.id)
             queued = client.job(queued.id)
-    if as_json:
-        print_resources(queued)
-    else:
-        say(f"{queued.id} is {queued.state}.")
+    print_changed(queued, f"{queued.id} is {queued.state}.", as_json=as_json)

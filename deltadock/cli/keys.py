@@ -6,7 +6,7 @@ import typer
 
 from deltadock import words
 from deltadock.cli.options import Home
-from deltadock.cli.output import AsJson, print_resources, print_table, say
+from deltadock.cli.output import AsJson, print_changed, print_resources, print_table, say
 from deltadock.cli.server import Url
 
 if TYPE_CHECKING:
@@ -84,10 +84,7 @@ def revoke_key(key: KeyRef, home: Home = None, as_json: AsJson = False, url: Url
     from deltadock.cli.key_store import revoke
 
     revoked = revoke(home, url, key)
-    if as_json:
-        print_resources(revoked)
-    else:
-        say(f"{revoked.prefix} ({revoked.name}) is revoked.")
+    print_changed(revoked, f"{revoked.prefix} ({revoked.name}) is revoked.", as_json=as_json)
 
 
 @keys.command("rotate")

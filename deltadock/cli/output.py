@@ -56,6 +56,14 @@ def print_resources(found: "Resource | Iterable[Resource]") -> None:
         print_json(found.model_dump(mode="json"))
 
 
+def print_changed(changed: "Resource", said: str, *, as_json: bool) -> None:
+    """Print what a change made: as JSON, or a message for people."""
+    if as_json:
+        print_resources(changed)
+    else:
+        say(said)
+
+
 @contextmanager
 def up_to(limit: int, found: Iterator[T]) -> Iterator[list[T]]:
     """The first `limit` of a list; says, after they were printed, how to see more if there are."""

@@ -22,6 +22,7 @@ from deltadock.cli.outcome import Hint, on_interrupt
 from deltadock.cli.output import (
     AsJson,
     errors,
+    print_changed,
     print_json,
     print_resources,
     print_rows,
@@ -256,10 +257,8 @@ def remove_base(name: BaseName, as_json: AsJson = False, url: Url = None) -> Non
     with connect(url) as client:
         base = client.base(name)
         client.delete_base(base.id)
-    if as_json:
-        print_resources(base)
-    else:
-        say(f"Deleted {base.name}. Bring it back: deltadock bases undo {base.name}")
+    said = f"Deleted {base.name}. Bring it back: deltadock bases undo {base.name}"
+    print_changed(base, said, as_json=as_json)
 
 
 @bases.command("undo")
@@ -267,10 +266,7 @@ def restore_base(name: BaseName, as_json: AsJson = False, url: Url = None) -> No
     """Restore a deleted base."""
     with connect(url) as client:
         base = client.restore_base(name)
-    if as_json:
-        print_resources(base)
-    else:
-        say(f"{base.name} is back.")
+    print_changed(base, f"{base.name} is back.", as_json=as_json)
 
 
 @bases.command("share")
@@ -278,10 +274,7 @@ def share_base(name: BaseName, as_json: AsJson = False, url: Url = None) -> None
     """Let every tenant use a base of the operator's."""
     with connect(url) as client:
         base = client.share_base(name)
-    if as_json:
-        print_resources(base)
-    else:
-        say(f"Every tenant may use {base.name}.")
+    print_changed(base, f"Every tenant may use {base.name}.", as_json=as_json)
 
 
 @bases.command("unshare")
@@ -289,10 +282,8 @@ def unshare_base(name: BaseName, as_json: AsJson = False, url: Url = None) -> No
     """Keep a base to the operator's tenant again; deltas of others stay."""
     with connect(url) as client:
         base = client.share_base(name, shared=False)
-    if as_json:
-        print_resources(base)
-    else:
-        say(f"Only the operator's tenant may use {base.name}.")
+    said = f"Only the operator's tenant may use {base.name}."
+    print_changed(base, said, as_json=as_json)
 
 
 @bases.command("add")

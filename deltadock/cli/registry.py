@@ -17,6 +17,7 @@ from deltadock.cli.output import (
     AsJson,
     as_dict,
     errors,
+    print_changed,
     print_json,
     print_resources,
     print_rows,
@@ -337,14 +338,14 @@ def alias(
         elif remove:
             client.remove_alias(model_name, alias)
             said = f"{model_name}@{alias} is removed."
-            _print_changed(client.model(model_name), said, as_json=as_json)
+            print_changed(client.model(model_name), said, as_json=as_json)
         else:
             delta = client.delta(name)
             model = client.move_alias(
                 delta.name, alias, delta.version, reason=reason, expected=expected
             )
             said = f"{model_name}@{alias} means version {delta.version}."
-            _print_changed(model, said, as_json=as_json)
+            print_changed(model, said, as_json=as_json)
 
 
 def _print_moves(moves: "list[AliasMove]", none: str, *, as_json: bool) -> None:
@@ -377,13 +378,6 @@ def _print_aliases(model: "Model", *, as_json: bool) -> None:
         ),
         f"{model.name} has no alias yet: no version is ready.",
     )
-
-
-def _print_changed(model: "Model", said: str, *, as_json: bool) -> None:
-    if as_json:
-        print_resources(model)
-    else:
-        say(said)
 
 
 class _Answer(NamedTuple):

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from deltadock import words
-from deltadock.cli.output import AsJson, print_resources, print_table, say, up_to
+from deltadock.cli.output import AsJson, print_changed, print_resources, print_table, say, up_to
 from deltadock.cli.server import Url, connect
 
 webhooks = typer.Typer(
@@ -104,7 +104,5 @@ def resend_message(
     """Send a message again, whatever became of it."""
     with connect(url) as client:
         sent = client.resend_message(webhook, message)
-    if as_json:
-        print_resources(sent)
-    else:
-        say(f"{message} is sent again. See: deltadock webhooks messages {webhook}")
+    said = f"{message} is sent again. See: deltadock webhooks messages {webhook}"
+    print_changed(sent, said, as_json=as_json)

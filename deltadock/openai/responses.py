@@ -12,6 +12,7 @@ from deltadock.openai.fields import (
     AnswerFields,
     Ignored,
     JsonObject,
+    JsonSchema,
     MaxTokens,
     ModelName,
     RequestPart,
@@ -126,16 +127,12 @@ class TextOrObject(RequestPart):
     type: Literal["text", "json_object"]
 
 
-class SchemaFormat(RequestPart):
+class SchemaFormat(JsonSchema):
     """JSON that follows a schema; `strict` is always true."""
 
-    model_config = ConfigDict(extra="forbid", serialize_by_alias=True)
+    model_config = ConfigDict(extra="forbid")
 
     type: Literal["json_schema"]
-    name: str | None = None
-    description: str | None = None
-    schema_: Schema = Field(alias="schema")
-    strict: bool | None = None
 
 
 class TextSettings(RequestPart):

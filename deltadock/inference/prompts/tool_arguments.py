@@ -163,7 +163,7 @@ def _escaped(text: str) -> str:
 class GemmaArguments(TranslatedArguments):
     """FunctionGemma's: `{city:<escape>Paris<escape>,days:2}`."""
 
-    brackets = {"{": "{", "}": "}", "[": "[", "]": "]"}  # noqa: RUF012
+    brackets: ClassVar = {"{": "{", "}": "}", "[": "[", "]": "]"}
     quotes = ("<escape>",)
     key_end = ":"
     word = re.compile(r"[^\[\]{},:<]+")
@@ -172,7 +172,7 @@ class GemmaArguments(TranslatedArguments):
 class PythonArguments(TranslatedArguments):
     """Keyword arguments of Python, whose values may be JSON: `(city="Paris", days=2)`."""
 
-    brackets = {"(": "[", ")": "]", "{": "{", "}": "}", "[": "[", "]": "]"}  # noqa: RUF012
+    brackets: ClassVar = {"(": "[", ")": "]", "{": "{", "}": "}", "[": "[", "]": "]"}
     quotes = ('"', "'")
     key_end = "="
     word = re.compile(r"[^\s()\[\]{},:=\"']+")
